@@ -1,0 +1,238 @@
+"""What the compiler says of every shipped kernel configuration, without a GPU: static.csv.
+
+    python benchmarks/static.py --out DIR [--arch 80 86 89 90 100 120]
+
+Each row is one kernel with the configuration that ``fastlora.kernels.configs`` selects for one case on one
+architecture, compiled as the launcher would (16-byte aligned pointers, strides and sizes that are multiples
+of 16), with registers, spills and warnings as ptxas reports them and instructions counted in its machine
+code. ``tests/test_aot.py`` reads the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+# The interpreter replaces the compiler in a process that has it on.
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from fastlora.kernels import configs, gemm, project, token_sum
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+RANKS = (8, 32, 64, 128, 256)
+# Tokens: a decoding step's few, and a training batch.
+ROWS = (16, 8192)
+FEATURES = 4096
+SMS = 132
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one architecture. ``adapter``: the adapters' dtype where it differs from ``dtype``."""
+
+    kernel: str
+    arch: int
+    M: int
+    R: int
+    dtype: str = "bf16"
+    adapter: str = "bf16"
+    dropout: bool = False
+    backward: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of static.csv."""
+
+    kernel: str
+    config: str
+    arch: int
+    dtype: str
+    adapter: str
+    rank: int
+    rows: int
+    dropout: bool
+    backward: bool
+    registers: int
+    spills: int
+    shared_bytes: int
+    mma: str
+    mma_count: int
+    async_copies: int
+    warnings: str
+
+
+def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
+    """Every shipped configuration at least once: each rank block and row block, dtypes, dropout, directions."""
+    found = []
+    for arch in archs:
+        for M in ROWS:
+            for R in RANKS:
+                found += [Case(kernel, arch, M, R) for kernel in ("project", "gemm", "token_sum")]
+        for kernel in ("project", "gemm", "token_sum"):
+            found.append(Case(kernel, arch, 8192, 16, dtype="fp16", adapter="fp32"))
+            found.append(Case(kernel, arch, 8192, 16, adapter="fp32", backward=True))
+            found.append(Case(kernel, arch, 8192, 16, dropout=True, backward=kernel == "gemm"))
+            found.append(Case(kernel, arch, 8192, 64, dropout=True, backward=kernel == "gemm"))
+    return found
+
+
+def _project_source(case: Case):
+    config = configs.select_project(case.arch, case.M, case.R, 2)
+    signature = {
+        "p_ptr": f"*{case.dtype}", "stride_pm": "i32", "stride_pd": 1,
+        "q_ptr": f"*{case.adapter}", "stride_qd": case.backward or 1, "stride_qr": 1 if case.backward else "i32",
+        "h_ptr": f"*{case.dtype}", "stride_hm": "i32",
+        "seed_ptr": "*i64" if case.dropout else None, "keep_threshold": "i32", "keep_scale": "fp32",
+        "M": "i32", "D": "i32", "R": "i32",
+        "BLOCK_M": config.block_m, "BLOCK_D": config.block_d, "BLOCK_R": config.block_r,
+        "EVEN_D": True, "HAS_DROPOUT": case.dropout,
+    }  # fmt: skip
+    if case.backward:  # g = dy @ A, A: (N, R)
+        signature["stride_qd"], signature["stride_qr"] = "i32", 1
+    return project._project_kernel, signature, config
+
+
+def _gemm_source(case: Case):
+    config = configs.select_gemm(case.arch, case.M, FEATURES, case.R, 2, case.dropout)
+    # Forward reads W: (N, K) and A: (N, R) transposed, backward W and B: (R, K) as they lie.
+    matrix = ("i32", 1) if case.backward else (1, "i32")
+    signature = {
+        "p_ptr": f"*{case.dtype}", "stride_pm": "i32", "stride_pd": 1,
+        "q_ptr": f"*{case.dtype}", "stride_qd": matrix[0], "stride_qe": matrix[1],
+        "u_ptr": f"*{case.dtype}", "stride_um": "i32", "stride_ur": 1,
+        "v_ptr": f"*{case.adapter}", "stride_vr": matrix[0], "stride_ve": matrix[1],
+        "bias_ptr": None if case.backward else f"*{case.dtype}", "stride_bias": 1,
+        "c_ptr": f"*{case.dtype}", "stride_cm": "i32",
+        "seed_ptr": "*i64" if case.dropout else None, "keep_threshold": "i32", "scale": "fp32",
+        "M": "i32", "D": "i32", "E": "i32", "R": "i32",
+        "BLOCK_M": config.block_m, "BLOCK_E": config.block_e, "BLOCK_D": config.block_d,
+        "BLOCK_R": config.block_r, "RANK_BLOCKS": -(-case.R // config.block_r), "GROUP_M": config.group_m,
+        "EVEN_D": True, "HAS_BIAS": not case.backward, "HAS_DROPOUT": case.dropout,
+    }  # fmt: skip
+    return gemm._gemm_kernel, signature, config
+
+
+def _token_sum_source(case: Case):
+    config = configs.select_token_sum(case.arch, SMS, case.M, FEATURES, case.R, 2)
+    signature = {
+        "p_ptr": f"*{case.dtype}", "stride_pm": "i32", "stride_pd": 1,
+        "u_ptr": f"*{case.dtype}", "stride_um": "i32", "stride_ur": 1,
+        "g_ptr": "*fp32", "stride_gs": "i32",
+        "stride_gd": 1 if case.backward else "i32", "stride_gr": "i32" if case.backward else 1,
+        "seed_ptr": "*i64" if case.dropout else None, "keep_threshold": "i32",
+        "M": "i32", "D": "i32", "R": "i32", "tokens_per_split": "i32",
+        "BLOCK_M": config.block_m, "BLOCK_D": config.block_d, "BLOCK_R": config.block_r,
+        "HAS_DROPOUT": case.dropout,
+    }  # fmt: skip
+    return token_sum._token_sum_kernel, signature, config
+
+
+_SOURCES = {"project": _project_source, "gemm": _gemm_source, "token_sum": _token_sum_source}
+# Arguments whose values the launcher sees as multiples of 16 in these cases; the rank only from 16 on.
+_NEVER_DIVISIBLE = {"keep_threshold", "keep_scale", "scale"}
+
+
+def compile_case(case: Case) -> Row:
+    """Compile one case for its architecture and read what ptxas and the disassembler say of it."""
+    kernel, arguments, config = _SOURCES[case.kernel](case)
+    signature, constexprs, attrs = {}, {}, {}
+    for index, (name, value) in enumerate(arguments.items()):
+        if not isinstance(value, str):
+            signature[name], constexprs[(index,)] = "constexpr", value
+            continue
+        signature[name] = value
+        rank_sized = name in ("R", "stride_um", "stride_hm") or (name == "stride_qd" and case.backward)
+        if name not in _NEVER_DIVISIBLE and not (rank_sized and case.R % 16):
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    registers, spills, warnings = _ptxas(compiled.asm["ptx"])
+    mma, mma_count, async_copies = _instructions(compiled.asm["cubin"])
+    return Row(
+        kernel=case.kernel,
+        config=" ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items()),
+        arch=case.arch,
+        dtype=case.dtype,
+        adapter=case.adapter,
+        rank=case.R,
+        rows=case.M,
+        dropout=case.dropout,
+        backward=case.backward,
+        registers=registers,
+        spills=spills,
+        shared_bytes=compiled.metadata.shared,
+        mma=mma,
+        mma_count=mma_count,
+        async_copies=async_copies,
+        warnings=warnings,
+    )
+
+
+def _ptxas(ptx: str) -> tuple[int, int, str]:
+    """Registers a thread, bytes spilled and the numbers of ptxas's warnings (C75xx: wgmma serialised)."""
+    arch = re.search(r"\.target (sm_\w+)", ptx).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [get_ptxas(int(re.sub(r"\D", "", arch))).path, "-v", f"--gpu-name={arch}"]
+        log = subprocess.run(
+            [*command, str(path), "-o", str(path.with_suffix(".cubin"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    registers = int(re.search(r"Used (\d+) registers", log).group(1))
+    spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill", log))
+    return registers, spills, " ".join(sorted(set(re.findall(r"C75\d\d", log))))
+
+
+def _instructions(cubin: bytes) -> tuple[str, int, int]:
+    """The matrix instruction of the machine code, how often it stands there, and asynchronous copies."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.run(
+            [triton.knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("UTCHMMA", "HGMMA", "HMMA")}
+    mma = max(counts, key=counts.get)
+    return mma if counts[mma] else "none", counts[mma], len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", sass))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of static.csv")
+    parser.add_argument("--kernel", nargs="+", default=_SOURCES, choices=_SOURCES, help="kernels")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=ARCHS, choices=ARCHS, help="compute capabilities"
+    )
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with open(arguments.out / "static.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        for case in cases(tuple(arguments.arch)):
+            if case.kernel not in arguments.kernel:
+                continue
+            row = dataclasses.asdict(compile_case(case))
+            writer.writerow(row)
+            file.flush()
+            print(*(row[key] for key in row if key != "config"), "|", row["config"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""``fastlora.lora_linear``: the functional form, its checks, and its autograd function."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+
+import torch
+from torch import Tensor
+
+from fastlora import ops, reference
+from fastlora.planner import current_mode
+
+
+class _LoRALinear(torch.autograd.Function):
+    """x: (..., K) -> y: (..., N) and, for backward alone, h: (M, R)."""
+
+    @staticmethod
+    def forward(x, weight, A, B, bias, alpha, dropout, seed, mode):
+        return ops.lora_forward(x, weight, A, B, bias, alpha, dropout, seed, mode)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, A, B, bias, alpha, dropout, seed, mode = inputs
+        h = output[1]
+        ctx.mark_non_differentiable(h)
+        ctx.set_materialize_grads(False)
+        need_dA, need_dB = ctx.needs_input_grad[2:4]
+        ctx.save_for_backward(x if need_dB else None, weight, A, B, h if need_dA else None, seed)
+        ctx.alpha, ctx.dropout, ctx.mode = alpha, dropout, mode
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 9
+        # Compiled backward passes are traced with gradients on; PyTorch itself refuses to differentiate them.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "lora_linear: second derivatives (create_graph=True) are not implemented by the fused layer; "
+                "fastlora.reference.lora_linear computes the same formula with PyTorch operations that have them"
+            )
+        x, weight, A, B, h, seed = ctx.saved_tensors
+        need_dx, _, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:5]
+        dx, dA, dB, dbias = ops.lora_backward(
+            dy,
+            x,
+            weight,
+            A,
+            B,
+            h,
+            ctx.alpha,
+            ctx.dropout,
+            seed,
+            need_dx,
+            need_dA,
+            need_dB,
+            need_dbias,
+            ctx.mode,
+        )
+        return (
+            dx if need_dx else None,
+            None,
+            dA if need_dA else None,
+            dB if need_dB else None,
+            dbias if need_dbias else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _describe(**tensors: Tensor | None) -> str:
+    """The shapes and dtypes of tensors, for error messages."""
+    return ", ".join(
+        f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+
+
+def _any_dtensor(*tensors: Tensor) -> bool:
+    """Whether one of the tensors is a DTensor; importing that class takes a second, so it is only looked up."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
+def check_dropout(dropout: float) -> None:
+    """ValueError unless ``dropout`` is a probability, TypeError unless it is a number."""
+    if not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout must be a number in [0, 1], got {dropout!r}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the layer computes in: autocast's where it is on and x can be cast, else x's."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> None:
+    """Raise ValueError (TypeError for things that are no tensors or numbers) unless the layer is defined."""
+    for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"lora_linear: bias must be a tensor or None, got {type(bias).__name__}")
+    weight_shape, A_shape, B_shape = weight.shape, A.shape, B.shape
+    if not (
+        len(weight_shape) == len(A_shape) == len(B_shape) == 2
+        and x.dim() >= 1
+        and x.shape[-1] == weight_shape[1] == B_shape[1]
+        and A_shape[0] == weight_shape[0]
+        and A_shape[1] == B_shape[0]
+        and (bias is None or bias.shape == weight_shape[:1])
+    ):
+        raise ValueError(
+            f"lora_linear: shapes do not match: {_describe(x=x, weight=weight, A=A, B=B, bias=bias)}; "
+            "expected x (..., K), weight (N, K), A (N, R), B (R, K), bias (N,)"
+        )
+    if B_shape[0] < 1:
+        raise ValueError(f"lora_linear: the rank must be at least 1, got {_describe(A=A, B=B)}")
+    if not (x.is_floating_point() and weight.is_floating_point() and A.is_floating_point()):
+        raise ValueError(
+            f"lora_linear: expected floating-point tensors, got {_describe(x=x, weight=weight, A=A, B=B)}"
+        )
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if (
+        A.dtype != B.dtype
+        or (bias is not None and bias.dtype != weight.dtype)
+        or (x.dtype != weight.dtype and not autocast)
+    ):
+        raise ValueError(
+            f"lora_linear: dtypes do not match: {_describe(x=x, weight=weight, A=A, B=B, bias=bias)}; expected one "
+            "dtype for x, weight and bias (autocast apart) and one for A and B"
+        )
+    device = x.device
+    if not (weight.device == A.device == B.device == device and (bias is None or bias.device == device)):
+        raise ValueError(
+            "lora_linear: tensors on different devices: "
+            f"x {device}, weight {weight.device}, A {A.device}, B {B.device}"
+            + ("" if bias is None else f", bias {bias.device}")
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"lora_linear: weight {tuple(weight_shape)} requires a gradient, but it is frozen in a LoRA layer: only "
+            "x, A, B and bias get gradients. Call weight.requires_grad_(False), or train it with nn.Linear"
+        )
+    if type(alpha) is not float and not isinstance(alpha, numbers.Real):
+        raise TypeError(f"lora_linear: alpha must be a number, got {type(alpha).__name__}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"lora_linear: alpha must be finite, got {alpha}")
+    if dropout != 0.0:
+        check_dropout(dropout)
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
+        raise ValueError(
+            f"lora_linear: seed must be an int64 tensor of one element on {device}, "
+            f"got {_describe(seed=seed)} on {seed.device}"
+        )
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    alpha: float = 1.0,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x @ weight.T + alpha * (drop(x) @ B.T) @ A.T + bias, like ``F.linear`` with a LoRA update.
+
+    Gradients flow to x, A, B and bias; ``weight`` is frozen. Beyond x, M * R elements are kept for backward.
+    The formula is that of Hu et al. (2021), section 4.1; :func:`fastlora.reference.lora_linear` states it.
+
+    Args:
+        x: (..., K) activations of any strides; M is the product of the leading sizes and may be 0.
+        weight: (N, K), the frozen weight, in x's dtype (any floating dtype under autocast).
+        A: (N, R), the up-projection (PEFT's ``lora_B.weight``).
+        B: (R, K), the down-projection (PEFT's ``lora_A.weight``), in A's dtype. The adapters may be float32
+            on a half-precision base; they are rounded to x's dtype as they are read.
+        alpha: the multiplier of the update (PEFT's scaling, ``lora_alpha / r``).
+        bias: (N,) in weight's dtype, or None.
+        dropout: probability in [0, 1] of dropping an element of the update's input, resolved to 1/65536. It
+            is applied whenever it is not 0, as this function has no training flag.
+        seed: int64 tensor of one element on x's device, which fixes the dropout mask on every path and
+            device; drawn from torch's generator if None.
+
+    Returns:
+        (..., N), in x's dtype (autocast's where it is on).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not match, a rank below 1, a ``weight`` that requires a
+            gradient, a dropout outside [0, 1] or NaN, an unusable seed.
+        TypeError: an argument that is no tensor or number.
+        RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
+    """
+    if isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.requires_grad:
+        alpha = float(alpha)
+    check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = compute_dtype(x)
+        # Casting here, outside the function, gives every gradient its tensor's own dtype.
+        x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if _any_dtensor(x, weight, A, B):
+        # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
+        return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
+    if dropout == 0.0:
+        seed = None
+    elif seed is None:
+        # Drawn outside the operator, so that checkpointing recomputes with the same seed.
+        seed = reference.new_seed(x.device)
+    arguments = (x, weight, A, B, bias, float(alpha), float(dropout), seed, current_mode())
+    if torch.is_grad_enabled() and (
+        x.requires_grad or A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _LoRALinear.apply(*arguments)[0]
+    return ops.lora_forward(*arguments)[0]

@@ -1,0 +1,267 @@
+"""``FusedLoRALinear``: an ``nn.Linear`` with a LoRA adapter in the same operator."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.function import check_dropout, lora_linear
+
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _keep_fast_path_off(module: nn.Module, inputs: tuple) -> None:
+    """A hook that does nothing but be there.
+
+    In eval mode ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` itself and never calls the layer, so
+    an adapter would be silently ignored; it does not where a submodule has a hook.
+    """
+
+
+def _check_rank(rank: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an integer, got {rank!r}")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+
+
+def _check_alpha(alpha: float) -> None:
+    if not isinstance(alpha, numbers.Real):
+        raise TypeError(f"alpha must be a number, got {alpha!r}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+
+
+def _check_adapter_dtype(dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"adapters must be floating-point, got {dtype}; give adapter_dtype")
+
+
+class FusedLoRALinear(nn.Linear):
+    """y = x @ weight.T + alpha * (drop(x) @ B.T) @ A.T + bias with ``weight`` and ``bias`` frozen.
+
+    Parameters: ``weight`` (out_features, in_features) and ``bias`` (out_features,) as in ``nn.Linear``, ``A``
+    (out_features, rank), zero at start, and ``B`` (rank, in_features), kaiming-uniform. ``alpha`` is the plain
+    multiplier, PEFT's ``lora_alpha / r``; it and ``dropout`` may be changed at any time. Dropout acts in
+    training mode only.
+
+    Args:
+        in_features: K. out_features: N. rank: R, at least 1.
+        alpha: multiplier of the update.
+        bias: whether the layer has a bias.
+        dropout: probability in [0, 1] of dropping an element of the update's input.
+        device: of every parameter. dtype: of weight and bias.
+        adapter_dtype: of A and B; None for weight's.
+
+    Raises:
+        ValueError: rank below 1, dropout outside [0, 1], non-finite alpha, an integer dtype for the adapters.
+        TypeError: a rank that is no integer, an alpha or dropout that is no number.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float = 1.0,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_rank(rank)
+        _check_alpha(alpha)
+        check_dropout(dropout)
+        _check_adapter_dtype(adapter_dtype or dtype or torch.get_default_dtype())
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._add_adapter(rank, alpha, dropout, adapter_dtype)
+
+    def _add_adapter(
+        self, rank: int, alpha: float, dropout: float, adapter_dtype: torch.dtype | None
+    ) -> None:
+        """Freeze weight and bias and create the adapter beside them, on weight's device."""
+        self.rank = rank
+        self.alpha = float(alpha)
+        self.dropout = float(dropout)
+        self.adapter_enabled = True
+        self._merged_alpha: float | None = None
+        # Names of other modules that hold this weight too, as far as apply_lora saw; merge() must not touch it.
+        self._weight_shared_with: tuple[str, ...] = ()
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        options = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
+        self.A = nn.Parameter(torch.empty(self.out_features, rank, **options))
+        self.B = nn.Parameter(torch.empty(rank, self.in_features, **options))
+        self.reset_lora_parameters()
+        self.register_forward_pre_hook(_keep_fast_path_off)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float = 1.0,
+        dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> FusedLoRALinear:
+        """An adapted layer around an existing one; shares its weight and bias (no copy) and freezes them.
+
+        The layer takes over the linear's training mode and hooks.
+
+        Raises:
+            TypeError: ``linear`` is not exactly an ``nn.Linear`` (a subclass may compute something else, or
+                its parent may never call it, as with ``MultiheadAttention.out_proj``).
+            ValueError: a replaced ``forward``, or arguments that the constructor refuses.
+        """
+        if isinstance(linear, FusedLoRALinear):
+            raise ValueError(f"from_linear: the layer has an adapter already: {linear}")
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"from_linear: expected exactly torch.nn.Linear, got {type(linear).__qualname__}")
+        if "forward" in vars(linear):
+            raise ValueError(
+                f"from_linear: {linear} has a replaced forward, which the adapted layer would ignore"
+            )
+        _check_rank(rank)
+        _check_alpha(alpha)
+        check_dropout(dropout)
+        _check_adapter_dtype(adapter_dtype or linear.weight.dtype)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        for name in _HOOK_DICTS:
+            if getattr(linear, name, None):
+                # The very same dictionary: a handle that removes a hook keeps working.
+                setattr(layer, name, getattr(linear, name))
+        layer._is_full_backward_hook = linear._is_full_backward_hook
+        layer.training = linear.training
+        layer._add_adapter(rank, alpha, dropout, adapter_dtype)
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Weight and bias as ``nn.Linear`` initialises them, and the adapter."""
+        super().reset_parameters()
+        if "A" in self._parameters:  # nn.Linear.__init__ calls this before the adapter exists.
+            self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """A zeros, so that training starts from the frozen layer; B kaiming_uniform with a = sqrt(5)."""
+        nn.init.zeros_(self.A)
+        nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) -> (..., out_features); see :func:`fastlora.lora_linear` for errors."""
+        if not self.adapter_enabled or self._merged_alpha is not None:
+            return F.linear(x, self.weight, self.bias)
+        dropout = self.dropout if self.training else 0.0
+        return lora_linear(x, self.weight, self.A, self.B, self.alpha, self.bias, dropout)
+
+    @property
+    def merged(self) -> bool:
+        """Whether weight contains the update."""
+        return self._merged_alpha is not None
+
+    def _updated_weight(self, alpha: float) -> Tensor:
+        """weight + alpha * A @ B: (out_features, in_features), summed in at least fp32, in weight's dtype."""
+        dtype = torch.promote_types(torch.promote_types(self.weight.dtype, self.A.dtype), torch.float32)
+        return torch.addmm(self.weight.to(dtype), self.A.to(dtype), self.B.to(dtype), alpha=alpha).to(
+            self.weight.dtype
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to weight, in place; forward is then one plain linear. No effect if merged already.
+
+        In half precision the sum is rounded to weight's dtype, so :meth:`unmerge` restores the weight up to
+        that rounding.
+
+        Raises:
+            ValueError: another module holds the same weight (tied embeddings), or the sum is not finite; the
+                weight is left as it was.
+        """
+        if self.merged:
+            return
+        if self._weight_shared_with:
+            raise ValueError(
+                f"merge: the weight {tuple(self.weight.shape)} is shared with "
+                f"{', '.join(self._weight_shared_with)}, which merging would change too"
+            )
+        merged = self._updated_weight(self.alpha)
+        if (
+            merged.device.type != "meta"
+            and not torch.isfinite(merged).all()
+            and torch.isfinite(self.weight).all()
+        ):
+            raise ValueError(
+                f"merge: weight + alpha * A @ B is not finite (alpha {self.alpha}, rank {self.rank})"
+            )
+        self.weight.copy_(merged)
+        self._merged_alpha = self.alpha
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the update out of weight again, in place. No effect if not merged."""
+        if self._merged_alpha is None:
+            return
+        self.weight.copy_(self._updated_weight(-self._merged_alpha))
+        self._merged_alpha = None
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` that computes the same; this layer stays as it is.
+
+        Its weight is new (a merged layer's is shared), its bias shared, its training mode and hooks this
+        layer's.
+        """
+        weight = (
+            self.weight
+            if self.merged
+            else nn.Parameter(self._updated_weight(self.alpha), requires_grad=False)
+        )
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = weight, self.bias
+        for name in _HOOK_DICTS:
+            hooks = getattr(self, name)
+            own = [key for key, hook in hooks.items() if hook is _keep_fast_path_off]
+            for key in own:
+                hooks = hooks.copy()
+                del hooks[key]
+            setattr(linear, name, hooks)
+        linear._is_full_backward_hook = self._is_full_backward_hook
+        linear.training = self.training
+        return linear
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.merged:
+            warnings.warn(
+                f"state_dict of the merged layer {prefix.removesuffix('.') or type(self).__name__}: its weight "
+                "contains the update, which a fresh FusedLoRALinear would add again; unmerge() first, or save "
+                "to_linear()",
+                stacklevel=3,
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        if self.merged:
+            errors.append(f"{prefix.removesuffix('.')} is merged: unmerge() before loading a state_dict")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        merged = ", merged=True" if self.merged else ""
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}{merged}"

@@ -1,0 +1,156 @@
+"""Tile shapes of the kernels: frozen values, one ``select`` for each primitive, no Triton and no GPU query.
+
+A capability is ``10 * major + minor`` (80, 86, 89, 90, 100, 120). The shapes are those that compile for their
+capability without spills and within its shared memory (``tests/test_aot.py`` holds this); which of them is
+the fastest has not been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Shared memory one program may use, in bytes (CUDA C++ Programming Guide, "Technical Specifications per
+# Compute Capability"), and the capability whose configurations an unlisted newer GPU borrows.
+SHARED_MEMORY = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+MIN_CAPABILITY = 80
+MAX_RANK = 256
+
+# Tensor-core tiles have at least 16 rows and columns, so smaller ranks are padded with zeros in registers.
+_MIN_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class ProjectConfig:
+    """A program of project takes ``block_m`` rows of P, all ranks, ``block_d`` columns a step."""
+
+    block_m: int
+    block_d: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        return self.num_stages * self.block_d * (self.block_m + self.block_r) * itemsize
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A program of gemm makes a (``block_m``, ``block_e``) tile of C, ``block_d`` of the sum a step."""
+
+    block_m: int
+    block_e: int
+    block_d: int
+    block_r: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        main_loop = self.num_stages * self.block_d * (self.block_m + self.block_e) * itemsize
+        # The compiler keeps the update's operands beside the main loop's, not in their place.
+        update = self.block_r * (self.block_m + self.block_e) * itemsize
+        return main_loop + update
+
+
+@dataclass(frozen=True)
+class TokenSumConfig:
+    """A program of token sum takes ``block_d`` columns of P and one of ``splits`` token ranges."""
+
+    block_d: int
+    block_m: int
+    block_r: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        return self.num_stages * self.block_m * (self.block_d + self.block_r) * itemsize
+
+
+def nearest_capability(capability: int) -> int:
+    """The listed capability whose configurations run on ``capability`` (>= 80): the largest not above it."""
+    return max(known for known in SHARED_MEMORY if known <= capability)
+
+
+def fits(config: ProjectConfig | GemmConfig | TokenSumConfig, capability: int, itemsize: int) -> bool:
+    """Whether the configuration's tiles fit the shared memory of a GPU of this capability."""
+    return config.shared_bytes(itemsize) <= SHARED_MEMORY[nearest_capability(capability)]
+
+
+def _first_fitting(candidates, capability: int, itemsize: int):
+    for config in candidates:
+        if fits(config, capability, itemsize):
+            return config
+    raise ValueError(
+        f"no configuration of {type(config).__name__} fits capability {capability}, {itemsize}-byte elements"
+    )
+
+
+def _rank_block(rank: int, limit: int = MAX_RANK) -> int:
+    """The smallest power of two that holds ``rank``, between 16 and ``limit``."""
+    return min(max(_MIN_BLOCK, 1 << (rank - 1).bit_length()), limit)
+
+
+def _row_block(rows: int, limit: int) -> int:
+    return min(max(_MIN_BLOCK, 1 << (rows - 1).bit_length()), limit)
+
+
+def select_project(capability: int, M: int, R: int, itemsize: int) -> ProjectConfig:
+    """The configuration of project for P: (M, D) and rank R."""
+    block_r = _rank_block(R)
+    # Short inputs take short tiles, so that there are programs enough to pull on the memory.
+    block_m = _row_block(M // 64, 64)
+    num_warps = 4 if block_m * block_r <= 64 * 64 else 8
+    return _first_fitting(
+        (
+            ProjectConfig(block_m, block_d, block_r, num_warps, num_stages)
+            for block_d, num_stages in ((128, 4), (128, 3), (64, 4), (64, 3), (64, 2), (32, 2))
+        ),
+        capability,
+        itemsize,
+    )
+
+
+def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout: bool) -> GemmConfig:
+    """The configuration of gemm for C: (M, E) and rank R."""
+    block_r = _rank_block(R, 64)
+    block_m = _row_block(M, 128)
+    # wgmma is at its best 256 columns wide; the mask of dropout needs the registers that such a tile takes.
+    wide = nearest_capability(capability) in (90, 100) and block_m == 128 and E >= 512 and not dropout
+    block_e = 256 if wide else _row_block(E, 128)
+    num_warps = 4 if block_m * block_e <= 64 * 128 else 8
+    # Deep pipelines pay where loads are asynchronous and shared memory is large.
+    return _first_fitting(
+        (
+            GemmConfig(block_m, block_e, block_d, block_r, 8, num_warps, num_stages)
+            for block_d, num_stages in ((64, 3), (32, 4), (32, 3), (32, 2), (16, 2))
+        ),
+        capability,
+        itemsize,
+    )
+
+
+def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize: int) -> TokenSumConfig:
+    """The configuration of token sum for P: (M, D) and rank R on a GPU of ``sms`` multiprocessors."""
+    block_r = _rank_block(R)
+    block_d = _row_block(D, 64)
+    block_m = _row_block(M, 64)
+    num_warps = 4 if block_d * block_r <= 64 * 64 else 8
+    # Two programs a multiprocessor, each with at least four steps to amortise its partial sum.
+    tiles = -(-D // block_d)
+    splits = max(1, min(-(-2 * sms // tiles), M // (4 * block_m)))
+    return _first_fitting(
+        (
+            TokenSumConfig(block_d, block_m, block_r, splits, num_warps, num_stages)
+            for num_stages in (4, 3, 2, 1)
+        ),
+        capability,
+        itemsize,
+    )

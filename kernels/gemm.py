@@ -1,0 +1,107 @@
+"""gemm with rank-R update: C = P @ Q + s * keep * (U @ V) + bias (y = x @ W.T + ..., dx = dy @ W + ...).
+
+P: (M, D), Q: (D, E), U: (M, R), V: (R, E), bias: (E,), C: (M, E). The update comes first and the main loop
+accumulates onto it: s and the dropout mask are applied in fp32 without a second accumulator, and wgmma
+stays asynchronous (with the update after the loop ptxas serialises it, or registers spill at 128 x 256).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.configs import GemmConfig
+from fastlora.kernels.dropout import keep_mask
+from fastlora.kernels.tiles import grouped_tile, tile_dot
+
+
+@triton.jit
+def _gemm_kernel(
+    p_ptr, stride_pm, stride_pd,
+    q_ptr, stride_qd, stride_qe,
+    u_ptr, stride_um, stride_ur,
+    v_ptr, stride_vr, stride_ve,
+    bias_ptr, stride_bias,
+    c_ptr, stride_cm,
+    seed_ptr, keep_threshold, scale,
+    M, D, E, R,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    tl.assume(D > 0)  # Lets ptxas keep wgmma asynchronous: the loop below runs at least once.
+    tile_m, tile_e = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(E, BLOCK_E), GROUP_M)
+    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_e = tile_e.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    mask_m = offs_m < M
+    mask_e = offs_e < E
+
+    acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+    for block in tl.static_range(RANK_BLOCKS):
+        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        mask_r = offs_r < R
+        u_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_r[None, :] * stride_ur
+        v_ptrs = v_ptr + offs_r[:, None] * stride_vr + offs_e[None, :] * stride_ve
+        u = tl.load(u_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=mask_r[:, None] & mask_e[None, :], other=0.0)
+        acc = tile_dot(u, v.to(u.dtype), acc)
+    acc *= scale
+    if HAS_DROPOUT:
+        keep = keep_mask(tl.load(seed_ptr), offs_m, tile_e * BLOCK_E, keep_threshold, BLOCK_M, BLOCK_E)
+        acc = tl.where(keep, acc, 0.0)
+
+    offs_d = tl.arange(0, BLOCK_D)
+    p_ptrs = p_ptr + offs_m[:, None] * stride_pm + offs_d.to(tl.int64)[None, :] * stride_pd
+    q_ptrs = q_ptr + offs_d.to(tl.int64)[:, None] * stride_qd + offs_e[None, :] * stride_qe
+    step = tl.full((), BLOCK_D, tl.int64)
+    for d in range(0, D, BLOCK_D):
+        if EVEN_D:
+            p = tl.load(p_ptrs, mask=mask_m[:, None], other=0.0)
+            q = tl.load(q_ptrs, mask=mask_e[None, :], other=0.0)
+        else:
+            mask_d = offs_d < D - d
+            p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+            q = tl.load(q_ptrs, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
+        acc = tile_dot(p, q, acc)
+        p_ptrs += step * stride_pd
+        q_ptrs += step * stride_qd
+
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_e * stride_bias, mask=mask_e, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_e[None, :]
+    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_e[None, :])
+
+
+def gemm(
+    p: torch.Tensor,
+    q: torch.Tensor,
+    u: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    config: GemmConfig,
+    bias: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    keep_threshold: int = 0,
+) -> torch.Tensor:
+    """p: (M, D), q: (D, E), u: (M, R), v: (R, E), bias: (E,) -> (M, E) in p's dtype, contiguous.
+
+    Any strides; M, D, E, R > 0. ``seed``: int64 tensor of one element turns dropout of the update on;
+    its factor 1 / (1 - p) belongs into ``scale``.
+    """
+    (M, D), E, R = p.shape, q.shape[1], u.shape[1]
+    c = torch.empty((M, E), dtype=p.dtype, device=p.device)
+    _gemm_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(E, config.block_e),)](
+        p, p.stride(0), p.stride(1),
+        q, q.stride(0), q.stride(1),
+        u, u.stride(0), u.stride(1),
+        v, v.stride(0), v.stride(1),
+        bias, 0 if bias is None else bias.stride(0),
+        c, c.stride(0),
+        seed, keep_threshold, scale,
+        M, D, E, R,
+        BLOCK_M=config.block_m, BLOCK_E=config.block_e, BLOCK_D=config.block_d,
+        BLOCK_R=config.block_r, RANK_BLOCKS=triton.cdiv(R, config.block_r), GROUP_M=config.group_m,
+        EVEN_D=D % config.block_d == 0, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return c
