@@ -1,0 +1,61 @@
+"""Chooses between the GPU and Triton's interpreter, once for the process, before anything imports Triton."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+CUDA = torch.cuda.is_available()
+os.environ["TRITON_INTERPRET"] = "0" if CUDA else "1"
+
+sys.path.insert(0, str(Path(__file__).parent))  # tolerance.py and interpreter.py
+
+if importlib.util.find_spec("fastlora") is None or importlib.util.find_spec("fastlora.kernels") is None:
+    # A machine on which nothing can be installed: run from the checkout.
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import source_tree
+
+    source_tree.install()
+
+import pytest  # noqa: E402
+
+if not CUDA and importlib.util.find_spec("triton") is not None:
+    from interpreter import repair_bfloat16
+
+    repair_bfloat16()
+
+
+def pytest_collection_modifyitems(items):
+    if CUDA:
+        return
+    skip = pytest.mark.skip(reason="no NVIDIA GPU")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def kernel_device(request):
+    """Where the kernels run: CPU tensors in the interpreter, or a GPU."""
+    if request.param == "cpu" and CUDA:
+        pytest.skip("the interpreter is off in a process with a GPU")
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(20240607)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """``torch.empty`` returns NaN, so that an element that no kernel writes is seen."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)

@@ -1,0 +1,265 @@
+"""Each kernel against float64, with every layout, odd sizes and padded ranks: in the interpreter or on a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tolerance import LAYOUTS, assert_as_accurate, lay_out
+
+from fastlora import reference
+from fastlora.kernels import configs
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+HALF = (torch.float16, torch.bfloat16)
+# (M, D, E, R): below one tile, exact tiles, one past them, ranks that are padded.
+SIZES = ((1, 1, 1, 1), (3, 5, 7, 2), (64, 128, 128, 16), (129, 65, 130, 33), (17, 200, 40, 100))
+DROPOUT = 0.3
+
+
+@pytest.fixture
+def kernels():
+    """The launchers, imported after conftest has chosen the interpreter or the compiler."""
+    from fastlora.kernels.gemm import gemm
+    from fastlora.kernels.project import project
+    from fastlora.kernels.token_sum import token_sum
+
+    return SimpleNamespace(project=project, gemm=gemm, token_sum=token_sum)
+
+
+def capability(device):
+    if device.type == "cpu":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def matrix(rows, columns, dtype, device, layout="contiguous", scale=1.0):
+    return lay_out((torch.randn(rows, columns) * scale).to(dtype).to(device), layout)
+
+
+def eager_keep(seed, rows, columns, device):
+    """The oracle's mask times 1 / (1 - p), as float64."""
+    keep = reference.keep_mask(seed.cpu(), rows, columns, DROPOUT).double()
+    return (keep * reference.keep_scale(DROPOUT)).to(device)
+
+
+def dropout_arguments(seed):
+    return {"seed": seed, "keep_threshold": reference.keep_threshold(DROPOUT)}
+
+
+class TestProject:
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize(("M", "D", "E", "R"), SIZES)
+    def test_against_float64(self, kernels, kernel_device, dtype, M, D, E, R):
+        p = matrix(M, D, dtype, kernel_device)
+        q = matrix(D, R, dtype, kernel_device, scale=D**-0.5)
+        h = kernels.project(p, q, configs.select_project(capability(kernel_device), M, R, 2))
+        assert h.dtype == dtype
+        assert h.is_contiguous()
+        assert_as_accurate(h, p @ q, p.double() @ q.double(), "h")
+
+    @pytest.mark.parametrize("p_layout", LAYOUTS)
+    @pytest.mark.parametrize("q_layout", LAYOUTS)
+    def test_reads_only_its_views(self, kernels, kernel_device, p_layout, q_layout):
+        p = matrix(37, 70, torch.float16, kernel_device, p_layout)
+        q = matrix(70, 9, torch.float16, kernel_device, q_layout, 0.1)
+        h = kernels.project(p, q, configs.select_project(capability(kernel_device), 37, 9, 2))
+        assert_as_accurate(h, p @ q, p.double() @ q.double(), "h")
+
+    def test_adapter_of_a_wider_dtype(self, kernels, kernel_device):
+        p = matrix(40, 64, torch.bfloat16, kernel_device)
+        q = matrix(64, 8, torch.float32, kernel_device, scale=0.1)
+        h = kernels.project(p, q, configs.select_project(capability(kernel_device), 40, 8, 2))
+        assert_as_accurate(h, p @ q.bfloat16(), p.double() @ q.double(), "h")
+
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_dropout_is_the_oracles(self, kernels, kernel_device, dtype):
+        M, D, R = 70, 131, 8
+        p = matrix(M, D, dtype, kernel_device)
+        q = matrix(D, R, dtype, kernel_device, scale=0.1)
+        seed = torch.tensor([-(2**62) - 12345], device=kernel_device)
+        config = configs.select_project(capability(kernel_device), M, R, 2)
+        h = kernels.project(p, q, config, **dropout_arguments(seed), keep_scale=reference.keep_scale(DROPOUT))
+        keep = eager_keep(seed, M, D, kernel_device)
+        assert_as_accurate(h, (p * keep.to(dtype)) @ q, (p.double() * keep) @ q.double(), "h")
+
+
+class TestGemm:
+    @staticmethod
+    def run(kernels, device, dtype, M, D, E, R, *, layouts=("contiguous",) * 4, bias=True, seed=None, adapter=None):
+        """Launch once and compare; alpha is no power of two, so that rounding it would show."""
+        alpha = 0.7
+        p = matrix(M, D, dtype, device, layouts[0])
+        q = matrix(D, E, dtype, device, layouts[1], D**-0.5)
+        u = matrix(M, R, dtype, device, layouts[2])
+        v = matrix(R, E, adapter or dtype, device, layouts[3], R**-0.5)
+        b = matrix(1, E, dtype, device)[0] if bias else None
+        dropout = {} if seed is None else dropout_arguments(seed)
+        keep = torch.ones(M, E, dtype=torch.float64, device=device)
+        scale = alpha
+        if seed is not None:
+            keep = eager_keep(seed, M, E, device)
+            scale = alpha * reference.keep_scale(DROPOUT)
+        config = configs.select_gemm(capability(device), M, E, R, 2, seed is not None)
+        c = kernels.gemm(p, q, u, v, scale, config, b, **dropout)
+        exact = p.double() @ q.double() + alpha * keep * (u.double() @ v.double())
+        eager = p @ q + alpha * (keep.to(dtype) * (u @ v.to(dtype)))
+        if bias:
+            exact, eager = exact + b.double(), eager + b
+        assert c.dtype == dtype
+        assert c.is_contiguous()
+        assert_as_accurate(c, eager, exact, "c")
+
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize(("M", "D", "E", "R"), SIZES)
+    def test_against_float64(self, kernels, kernel_device, dtype, M, D, E, R):
+        self.run(kernels, kernel_device, dtype, M, D, E, R)
+
+    @pytest.mark.parametrize("rank", [64, 65, 128, 200, 256])
+    def test_ranks_of_several_blocks(self, kernels, kernel_device, rank):
+        self.run(kernels, kernel_device, torch.float16, 40, 96, 72, rank)
+
+    @pytest.mark.parametrize("layout", LAYOUTS[1:])
+    @pytest.mark.parametrize("operand", range(4))
+    def test_reads_only_its_views(self, kernels, kernel_device, layout, operand):
+        layouts = [layout if index == operand else "contiguous" for index in range(4)]
+        self.run(kernels, kernel_device, torch.float16, 37, 70, 45, 9, layouts=layouts)
+
+    def test_without_bias(self, kernels, kernel_device):
+        self.run(kernels, kernel_device, torch.float16, 37, 70, 45, 9, bias=False)
+
+    def test_adapter_of_a_wider_dtype(self, kernels, kernel_device):
+        self.run(kernels, kernel_device, torch.bfloat16, 40, 64, 72, 8, adapter=torch.float32)
+
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize("rank", [8, 80])
+    def test_dropout_is_the_oracles(self, kernels, kernel_device, dtype, rank):
+        seed = torch.tensor([2**61 + 99], device=kernel_device)
+        self.run(kernels, kernel_device, dtype, 150, 70, 133, rank, bias=False, seed=seed)
+
+    def test_tall_and_wide_grids(self, kernels, kernel_device):
+        """More rows of tiles than a group holds, and a last group that is not full."""
+        self.run(kernels, kernel_device, torch.float16, 128 * 9 + 1, 32, 300, 4)
+
+
+class TestTokenSum:
+    @staticmethod
+    def run(kernels, device, dtype, M, D, R, *, layouts=("contiguous",) * 2, out=None, seed=None, sms=8, transposed=False):
+        alpha = 0.7
+        p = matrix(M, D, dtype, device, layouts[0])
+        u = matrix(M, R, dtype, device, layouts[1], M**-0.5)
+        keep = torch.ones(M, D, dtype=torch.float64, device=device)
+        scale, dropout = alpha, {}
+        if seed is not None:
+            keep, dropout = eager_keep(seed, M, D, device), dropout_arguments(seed)
+            scale = alpha * reference.keep_scale(DROPOUT)
+        config = configs.select_token_sum(capability(device), sms, M, D, R, 2)
+        g = kernels.token_sum(p, u, scale, config, out or dtype, transposed, **dropout)
+        assert g.dtype == (out or dtype)
+        assert g.is_contiguous()
+        exact = alpha * ((p.double() * keep).t() @ u.double())
+        wide = out or dtype
+        eager = (p.to(wide) * keep.to(wide)).t() @ (u.to(wide) * alpha)
+        assert_as_accurate(g.t() if transposed else g, eager, exact, "g")
+        return config
+
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize(("M", "D", "E", "R"), SIZES)
+    def test_against_float64(self, kernels, kernel_device, dtype, M, D, E, R):
+        self.run(kernels, kernel_device, dtype, M, D, R)
+
+    @pytest.mark.parametrize("M", [1024, 1025, 1500])
+    def test_token_splits(self, kernels, kernel_device, M):
+        config = self.run(kernels, kernel_device, torch.float16, M, 40, 8, sms=2, out=torch.float32)
+        assert config.splits > 1
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("out", [None, torch.float32])
+    def test_results(self, kernels, kernel_device, transposed, out):
+        self.run(kernels, kernel_device, torch.bfloat16, 700, 75, 12, out=out, transposed=transposed)
+
+    @pytest.mark.parametrize("p_layout", LAYOUTS)
+    @pytest.mark.parametrize("u_layout", LAYOUTS)
+    def test_reads_only_its_views(self, kernels, kernel_device, p_layout, u_layout):
+        self.run(kernels, kernel_device, torch.float16, 70, 37, 9, layouts=(p_layout, u_layout))
+
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_dropout_is_the_oracles(self, kernels, kernel_device, dtype):
+        seed = torch.tensor([77], device=kernel_device)
+        self.run(kernels, kernel_device, dtype, 300, 131, 8, seed=seed)
+
+    def test_is_deterministic(self, kernels, kernel_device):
+        p = matrix(1500, 64, torch.float16, kernel_device)
+        u = matrix(1500, 8, torch.float16, kernel_device)
+        config = configs.select_token_sum(capability(kernel_device), 2, 1500, 64, 8, 2)
+        first = kernels.token_sum(p, u, 1.0, config, torch.float32)
+        for _ in range(3):
+            assert torch.equal(first, kernels.token_sum(p, u, 1.0, config, torch.float32))
+
+
+@pytest.mark.parametrize("rank", [1, 16, 17, 128, 256])
+@pytest.mark.parametrize("arch", sorted(configs.SHARED_MEMORY))
+def test_every_configuration_fits_its_architecture(arch, rank):
+    for itemsize in (2, 4):
+        for M in (1, 17, 512, 8192):
+            for config in (
+                configs.select_project(arch, M, rank, itemsize),
+                configs.select_gemm(arch, M, 4096, rank, itemsize, dropout=False),
+                configs.select_gemm(arch, M, 4096, rank, itemsize, dropout=True),
+                configs.select_token_sum(arch, 108, M, 4096, rank, itemsize),
+            ):
+                assert configs.fits(config, arch, itemsize)
+                assert config.shared_bytes(itemsize) <= configs.SHARED_MEMORY[arch]
+
+
+def test_unlisted_architecture_borrows_an_older_one():
+    assert configs.nearest_capability(87) == 86
+    assert configs.nearest_capability(103) == 100
+    assert configs.nearest_capability(121) == 120
+
+
+def test_training_batches_have_large_tiles():
+    for arch in (80, 90):
+        config = configs.select_gemm(arch, 8192, 4096, 16, 2, dropout=False)
+        assert min(config.block_m, config.block_e) >= 128
+
+
+class TestKeepMask:
+    def test_against_a_scalar_philox(self):
+        """An independent Philox4x32 with seven rounds, in Python integers."""
+
+        def philox(counter, key):
+            for _ in range(7):
+                product_0, product_1 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+                counter = (
+                    (product_1 >> 32) ^ counter[1] ^ key[0],
+                    product_1 & 0xFFFFFFFF,
+                    (product_0 >> 32) ^ counter[3] ^ key[1],
+                    product_0 & 0xFFFFFFFF,
+                )
+                key = ((key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF)
+            return counter
+
+        seed = -987654321987654321
+        mask = reference.keep_mask(torch.tensor([seed]), 40, 29, 0.25)
+        for row, column in ((0, 0), (1, 7), (39, 28), (17, 8), (3, 15)):
+            word = philox((column // 8, row, 0, 0), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))[column % 8 // 2]
+            bits = (word >> (16 * (column % 2))) & 0xFFFF
+            assert mask[row, column].item() == (bits >= 16384)
+
+    def test_rate_and_independence(self):
+        keep = reference.keep_mask(torch.tensor([5]), 2048, 1024, 0.1).double()
+        deviation = (0.1 * 0.9 / keep.numel()) ** 0.5
+        assert abs(keep.mean().item() - 0.9) < 5 * deviation + 1 / 65536
+        centred = keep - keep.mean()
+        for neighbour in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(8, 1), centred.t().reshape(2048, 1024)):
+            correlation = (centred * neighbour).mean() / centred.square().mean()
+            assert abs(correlation.item()) < 5 / keep.numel() ** 0.5
+        other = reference.keep_mask(torch.tensor([6]), 2048, 1024, 0.1).double() - keep.mean()
+        assert abs(((centred * other).mean() / centred.square().mean()).item()) < 5 / keep.numel() ** 0.5
+
+    def test_ends(self):
+        seed = torch.tensor([1])
+        assert reference.keep_mask(seed, 30, 30, 0.0).all()
+        assert not reference.keep_mask(seed, 30, 30, 1.0).any()
