@@ -22,7 +22,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, A, B, bias, alpha, dropout, seed, mode = inputs
+        x, weight, A, B, _, alpha, dropout, seed, mode = inputs
         h = output[1]
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
@@ -38,7 +38,7 @@ class _LoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "lora_linear: second derivatives (create_graph=True) are not implemented by the fused layer; "
-                "fastlora.reference.lora_linear computes the same formula with PyTorch operations that have them"
+                "fastlora.reference.lora_linear computes the same formula in PyTorch and has them"
             )
         x, weight, A, B, h, seed = ctx.saved_tensors
         need_dx, _, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:5]
@@ -69,6 +69,18 @@ class _LoRALinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+# Function.apply binds the arguments to forward's signature on every call, which takes longer than a small
+# layer's products; the C method it then calls takes them as they are.
+_apply_in_c = super(torch.autograd.Function, _LoRALinear).apply
+
+
+def _apply(*arguments):
+    """Apply the function; compiled code and functorch's transforms need the whole of ``Function.apply``."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _LoRALinear.apply(*arguments)
+    return _apply_in_c(*arguments)
 
 
 def _describe(**tensors: Tensor | None) -> str:
@@ -156,8 +168,8 @@ def check_arguments(
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"lora_linear: weight {tuple(weight_shape)} requires a gradient, but it is frozen in a LoRA layer: only "
-            "x, A, B and bias get gradients. Call weight.requires_grad_(False), or train it with nn.Linear"
+            f"lora_linear: weight {tuple(weight_shape)} requires a gradient, but it is frozen in a LoRA layer: "
+            "only x, A, B and bias get gradients. Call weight.requires_grad_(False), or train it with nn.Linear"
         )
     if type(alpha) is not float and not isinstance(alpha, numbers.Real):
         raise TypeError(f"lora_linear: alpha must be a number, got {type(alpha).__name__}")
@@ -229,5 +241,5 @@ def lora_linear(
     if torch.is_grad_enabled() and (
         x.requires_grad or A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _LoRALinear.apply(*arguments)[0]
+        return _apply(*arguments)[0]
     return ops.lora_forward(*arguments)[0]

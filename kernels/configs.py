@@ -107,7 +107,7 @@ def select_project(capability: int, M: int, R: int, itemsize: int) -> ProjectCon
     block_r = _rank_block(R)
     # Short inputs take short tiles, so that there are programs enough to pull on the memory.
     block_m = _row_block(M // 64, 64)
-    num_warps = 4 if block_m * block_r <= 64 * 64 else 8
+    num_warps = 4 if block_m * block_r <= 64 * 128 else 8
     return _first_fitting(
         (
             ProjectConfig(block_m, block_d, block_r, num_warps, num_stages)

@@ -7,7 +7,6 @@ write fp32 partial sums; a second kernel adds them in a fixed order, so the resu
 import torch
 import triton
 import triton.language as tl
-
 from fastlora.kernels.configs import TokenSumConfig
 from fastlora.kernels.dropout import keep_mask
 from fastlora.kernels.tiles import tile_dot
@@ -40,13 +39,15 @@ def _token_sum_kernel(
     for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < last
-        p_ptrs = p_ptr + offs_m[:, None] * stride_pm + offs_d[None, :] * stride_pd
+        # P is read as (BLOCK_D, BLOCK_M): transposing a loaded tile would keep its copies synchronous.
+        p_ptrs = p_ptr + offs_d[:, None] * stride_pd + offs_m[None, :] * stride_pm
         u_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_r[None, :] * stride_ur
-        p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+        p = tl.load(p_ptrs, mask=mask_d[:, None] & mask_m[None, :], other=0.0)
         u = tl.load(u_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if HAS_DROPOUT:
-            p = tl.where(keep_mask(seed, offs_m, tile_d * BLOCK_D, keep_threshold, BLOCK_M, BLOCK_D), p, 0.0)
-        acc = tile_dot(tl.trans(p), u.to(p.dtype), acc)
+            keep = keep_mask(seed, offs_m, tile_d * BLOCK_D, keep_threshold, BLOCK_M, BLOCK_D)
+            p = tl.where(tl.trans(keep), p, 0.0)
+        acc = tile_dot(p, u.to(p.dtype), acc)
 
     g_ptrs = g_ptr + split * stride_gs + offs_d[:, None] * stride_gd + offs_r[None, :] * stride_gr
     tl.store(g_ptrs, acc, mask=mask_d[:, None] & mask_r[None, :])
@@ -58,7 +59,7 @@ def _reduce_kernel(partial_ptr, g_ptr, size, splits, scale, BLOCK: tl.constexpr)
     mask = offs < size
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     partial_ptrs = partial_ptr + offs
-    for _ in range(0, splits):
+    for _ in range(splits):
         acc += tl.load(partial_ptrs, mask=mask, other=0.0)
         partial_ptrs += size
     tl.store(g_ptr + offs, (acc * scale).to(g_ptr.dtype.element_ty), mask=mask)
