@@ -92,6 +92,9 @@ def _describe(**tensors: Tensor | None) -> str:
     )
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
 def _any_dtensor(*tensors: Tensor) -> bool:
     """Whether one of the tensors is a DTensor; importing that class takes a second, so it is only looked up."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -114,6 +117,40 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _is_regular(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> bool:
+    """Whether the arguments are the common case, free of any fault; the few look-ups a small call can afford."""
+    N, K = weight.shape
+    R = B.shape[0]
+    device, dtype = x.device, x.dtype
+    return (
+        x.shape[-1] == K
+        and A.shape == (N, R)
+        and B.shape == (R, K)
+        and R > 0
+        and dtype.is_floating_point
+        and weight.dtype == dtype
+        and A.dtype == B.dtype == dtype
+        and weight.device == device
+        and A.device == device
+        and B.device == device
+        and (bias is None or (bias.shape == (N,) and bias.dtype == dtype and bias.device == device))
+        and not (weight.requires_grad and torch.is_grad_enabled())
+        and type(alpha) is float
+        and alpha - alpha == 0.0  # finite
+        and dropout == 0.0
+        and seed is None
+    )
+
+
 def check_arguments(
     x: Tensor,
     weight: Tensor,
@@ -125,39 +162,34 @@ def check_arguments(
     seed: Tensor | None,
 ) -> None:
     """Raise ValueError (TypeError for things that are no tensors or numbers) unless the layer is defined."""
-    for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B)):
-        if not isinstance(tensor, Tensor):
+    for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias), ("seed", seed)):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "seed")):
             raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
-    if bias is not None and not isinstance(bias, Tensor):
-        raise TypeError(f"lora_linear: bias must be a tensor or None, got {type(bias).__name__}")
-    weight_shape, A_shape, B_shape = weight.shape, A.shape, B.shape
+    given = _describe(x=x, weight=weight, A=A, B=B, bias=bias)
     if not (
-        len(weight_shape) == len(A_shape) == len(B_shape) == 2
+        weight.dim() == A.dim() == B.dim() == 2
         and x.dim() >= 1
-        and x.shape[-1] == weight_shape[1] == B_shape[1]
-        and A_shape[0] == weight_shape[0]
-        and A_shape[1] == B_shape[0]
-        and (bias is None or bias.shape == weight_shape[:1])
+        and x.shape[-1] == weight.shape[1] == B.shape[1]
+        and A.shape[0] == weight.shape[0]
+        and A.shape[1] == B.shape[0]
+        and (bias is None or bias.shape == weight.shape[:1])
     ):
         raise ValueError(
-            f"lora_linear: shapes do not match: {_describe(x=x, weight=weight, A=A, B=B, bias=bias)}; "
+            f"lora_linear: shapes do not match: {given}; "
             "expected x (..., K), weight (N, K), A (N, R), B (R, K), bias (N,)"
         )
-    if B_shape[0] < 1:
-        raise ValueError(f"lora_linear: the rank must be at least 1, got {_describe(A=A, B=B)}")
+    if B.shape[0] < 1:
+        raise ValueError(f"lora_linear: the rank must be at least 1, got {given}")
     if not (x.is_floating_point() and weight.is_floating_point() and A.is_floating_point()):
-        raise ValueError(
-            f"lora_linear: expected floating-point tensors, got {_describe(x=x, weight=weight, A=A, B=B)}"
-        )
-    autocast = torch.is_autocast_enabled(x.device.type)
+        raise ValueError(f"lora_linear: expected floating-point tensors, got {given}")
     if (
         A.dtype != B.dtype
         or (bias is not None and bias.dtype != weight.dtype)
-        or (x.dtype != weight.dtype and not autocast)
+        or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type))
     ):
         raise ValueError(
-            f"lora_linear: dtypes do not match: {_describe(x=x, weight=weight, A=A, B=B, bias=bias)}; expected one "
-            "dtype for x, weight and bias (autocast apart) and one for A and B"
+            f"lora_linear: dtypes do not match: {given}; expected one dtype for x, weight and bias (autocast "
+            "apart) and one for A and B"
         )
     device = x.device
     if not (weight.device == A.device == B.device == device and (bias is None or bias.device == device)):
@@ -168,15 +200,14 @@ def check_arguments(
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"lora_linear: weight {tuple(weight_shape)} requires a gradient, but it is frozen in a LoRA layer: "
+            f"lora_linear: weight {tuple(weight.shape)} requires a gradient, but it is frozen in a LoRA layer: "
             "only x, A, B and bias get gradients. Call weight.requires_grad_(False), or train it with nn.Linear"
         )
-    if type(alpha) is not float and not isinstance(alpha, numbers.Real):
+    if not isinstance(alpha, numbers.Real):
         raise TypeError(f"lora_linear: alpha must be a number, got {type(alpha).__name__}")
     if not math.isfinite(alpha):
         raise ValueError(f"lora_linear: alpha must be finite, got {alpha}")
-    if dropout != 0.0:
-        check_dropout(dropout)
+    check_dropout(dropout)
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
         raise ValueError(
             f"lora_linear: seed must be an int64 tensor of one element on {device}, "
@@ -223,13 +254,19 @@ def lora_linear(
     """
     if isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.requires_grad:
         alpha = float(alpha)
-    check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
+    try:
+        regular = _is_regular(x, weight, A, B, alpha, bias, dropout, seed)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        regular = False
+    if not regular:  # unusual or wrong
+        check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
     if torch.is_autocast_enabled(x.device.type):
         dtype = compute_dtype(x)
         # Casting here, outside the function, gives every gradient its tensor's own dtype.
         x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if _any_dtensor(x, weight, A, B):
+    types = {type(x), type(weight), type(A), type(B)}
+    if not types <= _PLAIN and _any_dtensor(x, weight, A, B):
         # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
         return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
     if dropout == 0.0:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import reference
@@ -64,10 +65,7 @@ def _project(step: Step, p: Tensor, q: Tensor, drop: _Dropout | None = None) -> 
         p = torch.where(drop.keep(), p * drop.scale, p.new_zeros(()))
     if step.path == "reference":
         return reference.project(p, q).to(p.dtype)
-    q = q.to(p.dtype)
-    if q.stride(0) != 1 and _is_thin(p, q.shape[1]):
-        return torch.mm(q.t(), p.t()).t()
-    return torch.mm(p, q)
+    return torch.mm(p, q.to(p.dtype))
 
 
 def _gemm(
@@ -116,17 +114,57 @@ def _token_sum(
     if step.path == "reference":
         total = reference.token_sum(p, u, scale)
         return (total.t() if transposed else total).to(dtype).contiguous()
-    rows, columns = (u, p) if transposed or _is_thin(p, u.shape[1]) else (p, u)
-    total = p.new_empty((rows.shape[1], columns.shape[1]))
-    total.addmm_(rows.t(), columns, beta=0, alpha=scale)  # beta = 0: scaled without another pass
-    if rows is u and not transposed:
-        total = total.t().contiguous()
-    return total.to(dtype)
+    return _scaled_mm(*((u.t(), p) if transposed else (p.t(), u)), scale).to(dtype)
 
 
-def _is_thin(p: Tensor, rank: int) -> bool:
-    """Whether p: (M, D) is one side of a product that the CPU's BLAS is faster at transposed."""
-    return rank <= _THIN_RANK and p.dtype == torch.float32 and p.shape[0] >= 64 and p.device.type == "cpu"
+def _scaled_mm(p: Tensor, q: Tensor, scale: float) -> Tensor:
+    """scale * p: (M, D) @ q: (D, E) -> (M, E) without another pass over the result."""
+    return p.new_empty((p.shape[0], q.shape[1])).addmm_(p, q, beta=0, alpha=scale)
+
+
+def _addmm_forward(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """x: (M, K) -> y: (M, N), h: (M, R): three products, the last one added in place."""
+    if A.dtype != x.dtype:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    h = F.linear(x, B)
+    return F.linear(x, weight, bias).addmm_(h, A.t(), alpha=alpha), h
+
+
+def _addmm_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    h: Tensor | None,
+    alpha: float,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dy: (M, N), x: (M, K), h: (M, R) -> dx: (M, K), dA: (N, R), dB: (R, K), None if not asked for."""
+    dtype, adapter_dtype = dy.dtype, A.dtype
+    if adapter_dtype != dtype:
+        A, B = A.to(dtype), B.to(dtype)
+    thin = (
+        A.shape[1] <= _THIN_RANK and dy.shape[0] >= 64 and dtype == torch.float32 and dy.device.type == "cpu"
+    )
+    dx = dA = dB = None
+    if need_dx or need_dB:
+        # g carries alpha, so that dx and dB need no scaling of their own.
+        g = _scaled_mm(A.t(), dy.t(), alpha).t() if thin else _scaled_mm(dy, A, alpha)
+        if need_dx:
+            dx = torch.mm(dy, weight).addmm_(g, B)
+        if need_dB:
+            dB = torch.mm(g.t(), x)
+    if need_dA:
+        dA = _scaled_mm(h.t(), dy, alpha).t().contiguous() if thin else _scaled_mm(dy.t(), h, alpha)
+    if adapter_dtype != dtype:
+        dA = None if dA is None else dA.to(adapter_dtype)
+        dB = None if dB is None else dB.to(adapter_dtype)
+    return dx, dA, dB
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,17 +214,20 @@ def _forward(
     """x: (..., K), weight: (N, K), A: (N, R), B: (R, K) -> y: (..., N), h: (M, R), both in x's dtype."""
     N, K = weight.shape
     R = B.shape[0]
-    x_2d = x if x.dim() == 2 else x.reshape(-1, K) if K else x.new_empty((_rows(x), 0))
-    M = x_2d.shape[0]
+    flat = x.dim() == 2
+    M = x.shape[0] if flat else _rows(x)
+    x_2d = x if flat else x.reshape(M, K)
     with _scope(x):
         plan = _plan(x.device, x.dtype, M, N, K, R, dropout > 0.0, mode)
-        if not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
+        if plan.all_addmm and dropout == 0.0:
+            y, h = _addmm_forward(x_2d, weight, A, B, bias, alpha)
+        elif not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
             y = x.new_zeros((M, N)) if bias is None else bias.expand(M, N).clone()
-            return y.reshape(*x.shape[:-1], N), x.new_zeros((M, R))
-        drop = _dropout(dropout, seed, M, K)
-        h = _project(plan.h, x_2d, B.t(), drop).contiguous()
-        y = _gemm(plan.y, x_2d, weight.t(), h, A.t(), alpha, bias)
-    return (y if x.dim() == 2 else y.reshape(*x.shape[:-1], N)), h
+            h = x.new_zeros((M, R))
+        else:
+            h = _project(plan.h, x_2d, B.t(), _dropout(dropout, seed, M, K)).contiguous()
+            y = _gemm(plan.y, x_2d, weight.t(), h, A.t(), alpha, bias)
+    return (y if flat else y.reshape(*x.shape[:-1], N)), h
 
 
 def _rows(x: Tensor) -> int:
@@ -227,6 +268,10 @@ def _backward(
         plan = _plan(dy.device, dy.dtype, M, N, K, R, dropout > 0.0, mode)
         if need_dbias:
             dbias = dy_2d.sum(0)
+        if plan.all_addmm and dropout == 0.0:
+            x_2d = x if flat or x is None else x.reshape(M, K)
+            dx, dA, dB = _addmm_backward(dy_2d, x_2d, weight, A, B, h, alpha, need_dx, need_dA, need_dB)
+            return dx if flat or dx is None else dx.reshape(*dy.shape[:-1], K), dA, dB, dbias
         if not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
             dx = dy.new_zeros((*dy.shape[:-1], K)) if need_dx else None
             dA = A.new_zeros(A.shape) if need_dA else None

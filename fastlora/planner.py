@@ -86,6 +86,11 @@ class Plan:
     dA: Step
     dB: Step
 
+    @functools.cached_property
+    def all_addmm(self) -> bool:
+        """Whether every product takes the addmm form, which then runs as one short chain."""
+        return all(getattr(self, name).path == "addmm" for name in self.__dataclass_fields__)
+
     @property
     def path(self) -> str:
         """The path of the forward gemm with rank-R update."""
