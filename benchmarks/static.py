@@ -32,8 +32,8 @@ from fastlora.kernels import configs, gemm, project, token_sum
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 32, 64, 128, 256)
-# Tokens: a decoding step's few, and a training batch.
-ROWS = (16, 8192)
+# Tokens: a decoding step, a short prompt and a training batch, each with tile shapes of its own.
+ROWS = (16, 64, 8192)
 FEATURES = 4096
 SMS = 132
 
@@ -75,17 +75,21 @@ class Row:
 
 
 def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
-    """Every shipped configuration at least once: each rank block and row block, dtypes, dropout, directions."""
+    """Every configuration that ``configs`` can select for half precision, and every variant of each kernel."""
     found = []
     for arch in archs:
-        for M in ROWS:
-            for R in RANKS:
-                found += [Case(kernel, arch, M, R) for kernel in ("project", "gemm", "token_sum")]
+        for R in RANKS:
+            found += [Case("project", arch, M, R) for M in (16, 8192)]
+            found += [Case("gemm", arch, M, R) for M in ROWS]
+            found.append(Case("token_sum", arch, 8192, R))
+        for R in (16, 64):
+            found += [Case("project", arch, M, R, dropout=True) for M in (16, 8192)]
+            found += [Case("gemm", arch, M, R, dropout=True, backward=True) for M in ROWS]
+            found.append(Case("token_sum", arch, 8192, R, dropout=True, backward=True))
+        found.append(Case("gemm", arch, 8192, 16, backward=True))
         for kernel in ("project", "gemm", "token_sum"):
             found.append(Case(kernel, arch, 8192, 16, dtype="fp16", adapter="fp32"))
             found.append(Case(kernel, arch, 8192, 16, adapter="fp32", backward=True))
-            found.append(Case(kernel, arch, 8192, 16, dropout=True, backward=kernel == "gemm"))
-            found.append(Case(kernel, arch, 8192, 64, dropout=True, backward=kernel == "gemm"))
     return found
 
 

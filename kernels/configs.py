@@ -88,9 +88,7 @@ def _first_fitting(candidates, capability: int, itemsize: int):
     for config in candidates:
         if fits(config, capability, itemsize):
             return config
-    raise ValueError(
-        f"no configuration of {type(config).__name__} fits capability {capability}, {itemsize}-byte elements"
-    )
+    raise ValueError(f"{type(config).__name__}: none fits sm_{capability} with {itemsize}-byte elements")
 
 
 def _rank_block(rank: int, limit: int = MAX_RANK) -> int:
@@ -98,15 +96,11 @@ def _rank_block(rank: int, limit: int = MAX_RANK) -> int:
     return min(max(_MIN_BLOCK, 1 << (rank - 1).bit_length()), limit)
 
 
-def _row_block(rows: int, limit: int) -> int:
-    return min(max(_MIN_BLOCK, 1 << (rows - 1).bit_length()), limit)
-
-
 def select_project(capability: int, M: int, R: int, itemsize: int) -> ProjectConfig:
     """The configuration of project for P: (M, D) and rank R."""
     block_r = _rank_block(R)
     # Short inputs take short tiles, so that there are programs enough to pull on the memory.
-    block_m = _row_block(M // 64, 64)
+    block_m = 64 if M >= 64 * 64 else 16
     num_warps = 4 if block_m * block_r <= 64 * 128 else 8
     return _first_fitting(
         (
@@ -121,12 +115,11 @@ def select_project(capability: int, M: int, R: int, itemsize: int) -> ProjectCon
 def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout: bool) -> GemmConfig:
     """The configuration of gemm for C: (M, E) and rank R."""
     block_r = _rank_block(R, 64)
-    block_m = _row_block(M, 128)
+    block_m = next((block for block in (16, 64) if M <= block), 128)
     # wgmma is at its best 256 columns wide; the mask of dropout needs the registers that such a tile takes.
     wide = nearest_capability(capability) in (90, 100) and block_m == 128 and E >= 512 and not dropout
-    block_e = 256 if wide else _row_block(E, 128)
+    block_e = 256 if wide else 128
     num_warps = 4 if block_m * block_e <= 64 * 128 else 8
-    # Deep pipelines pay where loads are asynchronous and shared memory is large.
     return _first_fitting(
         (
             GemmConfig(block_m, block_e, block_d, block_r, 8, num_warps, num_stages)
@@ -140,9 +133,8 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
 def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize: int) -> TokenSumConfig:
     """The configuration of token sum for P: (M, D) and rank R on a GPU of ``sms`` multiprocessors."""
     block_r = _rank_block(R)
-    block_d = _row_block(D, 64)
-    block_m = _row_block(M, 64)
-    num_warps = 4 if block_d * block_r <= 64 * 64 else 8
+    block_d = block_m = 64
+    num_warps = 4 if block_r <= 64 else 8
     # Two programs a multiprocessor, each with at least four steps to amortise its partial sum.
     tiles = -(-D // block_d)
     splits = max(1, min(-(-2 * sms // tiles), M // (4 * block_m)))

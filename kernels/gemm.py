@@ -36,7 +36,7 @@ def _gemm_kernel(
     mask_e = offs_e < E
 
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
-    for block in tl.static_range(RANK_BLOCKS):
+    for block in tl.range(0, RANK_BLOCKS, num_stages=1):  # not unrolled: hoisted loads would spill
         offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         mask_r = offs_r < R
         u_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_r[None, :] * stride_ur
