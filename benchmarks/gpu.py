@@ -1,0 +1,402 @@
+"""Measures fastlora on this machine's GPU: correctness first, then tables as CSV and pictures.
+
+    python benchmarks/gpu.py --out DIR [--only both decode ...] [--minutes 9]
+
+Needs no install of the package. Stops by itself inside its minutes and says what it left out. Nothing is
+timed unless `pytest tests -m cuda` and fastlora's own checks pass; DIR/correctness.json remembers that they
+did, for the same source on the same GPU and versions, so that a second call into DIR goes on to the tables.
+
+DIR/gpu.csv        every row, stamped with GPU, driver, torch, triton, commit and date
+DIR/checks.csv     the checks before the tables
+DIR/*.png          the ratios
+DIR/summary.json   environment, what was measured, what was left out
+DIR/tests.log      output of the tests
+
+Exit status: 0 all asked for was measured or left out for time, 1 something is wrong with fastlora or a
+measurement, 2 no GPU, 3 a measurement hung.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import source_tree
+
+source_tree.install()
+
+import torch  # noqa: E402
+from measure import Checks, Measurement, Plan, base_row, measure  # noqa: E402
+from plot import draw  # noqa: E402
+from primitives import measure_products  # noqa: E402
+from providers import PROVIDERS, Provider, make_problem, select  # noqa: E402
+from results import (  # noqa: E402
+    OK,
+    CsvWriter,
+    Environment,
+    Row,
+    environment,
+    noise_warning,
+    ratio_table,
+    write_json,
+)
+from shapes import DECODE_SHAPES, TINY_SHAPES, TRAINING_SHAPES, Shape, llm_shapes  # noqa: E402
+from timing import Budget  # noqa: E402
+
+SECTIONS = {
+    "correctness": "the tests marked cuda and each provider's check",
+    "mainloop": "the kernels of the six products against BLAS, y and dx with the update off too",
+    "forward": "training forward",
+    "backward": "dx, dA and dB of a kept forward",
+    "both": "forward and backward",
+    "decode": "inference of 1 and 16 tokens",
+    "host": "host time of a call with one token",
+    "dropout": "forward and backward with dropout 0.1",
+}
+TRAINING = ("forward", "backward", "both")
+PRODUCTS = ("y", "dx", "h", "g", "dA", "dB")
+# Odd sizes and ranks for the check alone, beside an LLM layer.
+CHECK_SHAPES = [Shape(333, 515, 1029, 24), Shape(70, 1000, 77, 3), Shape(512, 4096, 4096, 16)]
+# Share of the minutes kept for pictures and tables, and its upper bound in seconds.
+RESERVE, MOST_RESERVE = 0.1, 20.0
+PICTURES = {
+    "training": ("training", "dropout"),
+    "decode": ("decode", "host"),
+    "mainloop": ("mainloop",),
+}
+# Compiling takes longer than measuring, so torch.compile runs on the shapes of this rank alone.
+COMPILE_RANK = 16
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work small enough to fit or to be left out as a whole."""
+
+    name: str
+    run: Callable[[], Measurement]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how to measure: a GPU, or a CPU with tiny shapes to try the script itself."""
+
+    device: torch.device
+    dtype: torch.dtype
+    timers: tuple[str, ...]
+    dry: bool
+    seconds: float
+
+    def plan(self, section: str, modes: tuple[str, ...], **changes) -> Plan:
+        plan = Plan(section, modes, self.timers, self.dtype, self.device, seconds=self.seconds, min_rounds=7)
+        if self.dry:
+            plan = replace(plan, min_rounds=2, min_sample=0.0)
+        return replace(plan, **changes)
+
+
+# --- Work ------------------------------------------------------------------------------------------------
+
+
+def shapes_of(section: str, target: Target) -> tuple[list[Shape], list[Shape]]:
+    """A section's shapes: those that every run should have, and those for the time that is left."""
+    if target.dry:
+        return (TINY_SHAPES if section == "training" else TINY_SHAPES[1:]), []
+    if section == "mainloop":
+        return llm_shapes((8192,), ranks=(16,)), []
+    if section == "host":
+        return [Shape(1, 4096, 4096, 16)], []
+    if section == "dropout":
+        return llm_shapes((8192, 4096), ranks=(16,)), []
+    shapes = TRAINING_SHAPES if section == "training" else DECODE_SHAPES
+    first = [s for s in shapes if s.R == 16 and (s.M >= 4096 or section == "decode")]
+    return first, [s for s in shapes if s not in first]
+
+
+def units(wanted: set[str], providers: list[Provider], target: Target) -> list[Unit]:
+    """The work in the order of its weight: what a run that is cut short must have is first."""
+    modes = tuple(mode for mode in TRAINING if mode in wanted)
+    plans = {
+        "mainloop": target.plan("mainloop", PRODUCTS),
+        "training": target.plan("training", modes),
+        "decode": target.plan("decode", ("inference",)),
+        "host": target.plan("host", ("inference", "both"), timers=("cpu" if target.dry else "host",)),
+        "dropout": target.plan("dropout", ("both",), dropout=0.1),
+    }
+    sections = [name for name in plans if name in wanted or (name == "training" and modes)]
+    work = []
+    for part in (0, 1):
+        for section in sections:
+            for shape in shapes_of(section, target)[part]:
+                plan = plans[section]
+                work.append(
+                    _product_unit(shape, plan)
+                    if section == "mainloop"
+                    else _layer_unit(shape, plan, providers)
+                )
+    return work
+
+
+def _layer_unit(shape: Shape, plan: Plan, providers: list[Provider]) -> Unit:
+    chosen = [p for p in providers if p.name != "compile" or shape.R == COMPILE_RANK]
+    return Unit(f"{plan.section} {shape}", lambda: measure(shape, chosen, plan))
+
+
+def _product_unit(shape: Shape, plan: Plan) -> Unit:
+    return Unit(f"{plan.section} {shape}", lambda: measure_products(shape, plan))
+
+
+# --- Correctness -----------------------------------------------------------------------------------------
+
+
+def source_digest() -> str:
+    """Of the code that the tests judge: the package, its kernels and the tests."""
+    digest = hashlib.sha256()
+    for folder in ("fastlora", "kernels", "tests"):
+        for path in sorted((source_tree.ROOT / folder).rglob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def proof(stamp: Environment, tests: list[str]) -> dict[str, object]:
+    """What a green run of the tests is valid for."""
+    return {
+        "source": source_digest(),
+        "device": stamp.device,
+        "driver": stamp.driver,
+        "torch": stamp.torch,
+        "triton": stamp.triton,
+        "tests": tests,
+    }
+
+
+def run_tests(arguments: list[str], log: Path, seconds: float) -> str:
+    """OK, or what is wrong: a failure, no test that passed, or no end within ``seconds``."""
+    with tempfile.TemporaryDirectory() as folder, log.open("w", encoding="utf-8") as output:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, str(Path(source_tree.__file__)), "-m", "pytest", *arguments]
+        command += ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        # A session of its own, so that a hung test's children end with it.
+        process = subprocess.Popen(
+            command, cwd=source_tree.ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=max(seconds, 0.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"the tests did not end within {seconds:.0f} s"
+        if status != 0:
+            return f"pytest ended with status {status}"
+        suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+        counts = {
+            key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")
+        }
+        passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+        return OK if passed > 0 else f"no test passed ({counts['skipped']} skipped)"
+
+
+def check_providers(providers: list[Provider], target: Target) -> list[Row]:
+    """Each provider's status on the check shapes, nothing timed."""
+    shapes = TINY_SHAPES if target.dry else CHECK_SHAPES
+    dtypes = (target.dtype,) if target.dry else (torch.bfloat16, torch.float16)
+    rows = []
+    for shape in shapes:
+        for dtype in dtypes:
+            for dropout in (0.0, 0.1):
+                plan = target.plan("correctness", (), dtype=dtype, bias=True, dropout=dropout)
+                checks = Checks(make_problem(shape, dtype, target.device, bias=True, dropout=dropout))
+                base = base_row(shape, plan)
+                rows += [replace(base, provider=p.name, status=checks.status(p)) for p in providers]
+    return rows
+
+
+def wrong_rows(rows: list[Row]) -> list[Row]:
+    """fastlora's rows that failed; a rival that fails is reported and not timed, but blocks nothing."""
+    fine = (OK, "unavailable")
+    return [row for row in rows if row.provider.startswith("fastlora") and not row.status.startswith(fine)]
+
+
+def correctness(
+    out: Path, providers: list[Provider], target: Target, stamp: Environment, tests, seconds
+) -> str:
+    """OK, or why nothing may be timed. An earlier call's proof in ``out`` is taken where it still holds."""
+    proof_file, valid_for = out / "correctness.json", proof(stamp, tests)
+    if proof_file.exists() and json.loads(proof_file.read_text()) == valid_for:
+        print(f"correctness: shown by an earlier call ({proof_file})", flush=True)
+    else:
+        status = run_tests(tests, out / "tests.log", seconds)
+        print(f"correctness: pytest {' '.join(tests)}: {status}", flush=True)
+        if status != OK:
+            print((out / "tests.log").read_text(encoding="utf-8")[-3000:], flush=True)
+            return status
+    rows = check_providers(providers, target)
+    writer = CsvWriter(out / "checks.csv", stamp)
+    writer.write(rows)
+    writer.close()
+    for row in rows:
+        if row.status != OK:
+            print(
+                f"  {row.provider} M{row.M}-N{row.N}-K{row.K}-R{row.R} {row.dtype}: {row.status}", flush=True
+            )
+    if wrong := wrong_rows(rows):
+        return f"{len(wrong)} of fastlora's checks failed"
+    write_json(proof_file, valid_for)
+    return OK
+
+
+# --- The run ---------------------------------------------------------------------------------------------
+
+
+def run_units(work: list[Unit], budget: Budget, writer: CsvWriter) -> tuple[list[Row], list[str]]:
+    """Measures what the budget allows, writing each unit's rows at once; the rows and what went wrong."""
+    rows: list[Row] = []
+    wrong: list[str] = []
+    for unit in work:
+
+        def run(unit: Unit = unit) -> None:
+            start = time.monotonic()
+            try:
+                measured = unit.run().rows
+            except torch.OutOfMemoryError as error:
+                wrong.append(f"{unit.name}: {str(error).splitlines()[0]}")
+                return
+            writer.write(measured)
+            rows.extend(measured)
+            print(f"{unit.name}: {time.monotonic() - start:.1f} s", flush=True)
+
+        try:
+            budget.run(unit.name, run)
+        except Exception as error:
+            # An error of the device makes every later call fail too, so this ends the timing.
+            traceback.print_exc()
+            wrong.append(f"{unit.name}: {type(error).__name__}: {error}; timing ended there")
+            break
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return rows, wrong
+
+
+def pictures(rows: list[Row], stamp: Environment, out: Path) -> None:
+    """The pictures of PICTURES that there are rows for; without matplotlib a line that says so."""
+    try:
+        for name, sections in PICTURES.items():
+            draw([row for row in rows if row.section in sections], str(stamp), out / f"{name}.png")
+    except ImportError as error:
+        print(f"no pictures: {error}; benchmarks/plot.py draws them from the CSV elsewhere")
+
+
+def watchdog(seconds: float) -> threading.Timer:
+    """Ends the process with status 3 after ``seconds``: a hung kernel cannot be interrupted otherwise."""
+
+    def stop() -> None:
+        print(
+            "stopped: the last measurement did not end; gpu.csv has what was measured before it", flush=True
+        )
+        os._exit(3)
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    sections = "; ".join(f"{name}: {what}" for name, what in SECTIONS.items())
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=sections
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default 9)")
+    parser.add_argument("--seconds", type=float, default=0.8, help="to spend on one table cell's providers")
+    parser.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated (default: all)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--tests", default="tests -m cuda", help="pytest's arguments (default: %(default)s)")
+    parser.add_argument(
+        "--dry-run-cpu",
+        action="store_true",
+        help="try this script itself: tiny float32 layers on the CPU, figures without meaning",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.minutes <= 0:
+        parser.error(f"--minutes {arguments.minutes}: expected more than 0")
+    try:
+        arguments.providers = select(arguments.providers)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    if arguments.dry_run_cpu:
+        torch.set_num_threads(1)
+        target = Target(torch.device("cpu"), torch.float32, ("cpu",), dry=True, seconds=0.01)
+    elif torch.cuda.is_available():
+        dtype = getattr(torch, arguments.dtype)
+        target = Target(torch.device("cuda"), dtype, ("graph", "eager"), dry=False, seconds=arguments.seconds)
+    else:
+        message = (
+            "no NVIDIA GPU that torch can use: nothing was measured (`pytest benchmarks/` measures a CPU)"
+        )
+        print(message, file=sys.stderr)
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    guard = watchdog(arguments.minutes * 60)
+    try:
+        return run(arguments, target)
+    finally:
+        guard.cancel()
+
+
+def run(arguments: argparse.Namespace, target: Target) -> int:
+    """Correctness, tables, pictures, summary; the exit status."""
+    start = time.monotonic()
+    seconds = arguments.minutes * 60
+    allowed = seconds - min(MOST_RESERVE, RESERVE * seconds)
+    stamp = environment(target.device)
+    print(stamp, flush=True)
+    out, providers = arguments.out, arguments.providers
+
+    status = correctness(out, providers, target, stamp, shlex.split(arguments.tests), allowed)
+    summary = {"environment": asdict(stamp), "sections": arguments.only, "correctness": status}
+    if status != OK:
+        print(f"correctness: {status}; nothing was timed")
+        write_json(out / "summary.json", {**summary, "left_out": [], "wrong": [status]})
+        return 1
+
+    budget = Budget(allowed - (time.monotonic() - start))
+    writer = CsvWriter(out / "gpu.csv", stamp)
+    rows, wrong = run_units(units(set(arguments.only), providers, target), budget, writer)
+    writer.close()
+    wrong += [f"{r.provider} M{r.M}-N{r.N}-K{r.K}-R{r.R} {r.mode}: {r.status}" for r in wrong_rows(rows)]
+    write_json(out / "summary.json", {**summary, "left_out": budget.left_out, "wrong": wrong})
+    pictures(rows, stamp, out)
+    for line in wrong:
+        print(f"WRONG: {line}")
+    print(ratio_table(rows, None if target.dry else ("graph", "host")))
+    if warning := noise_warning(rows):
+        print(warning)
+    if budget.left_out:
+        print(f"left out for lack of time, {len(budget.left_out)}: {', '.join(budget.left_out)}")
+    print(f"{time.monotonic() - start:.0f} s; results in {out}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The six products of a layer, each as its Triton kernel against the BLAS call that it has to beat.
+
+y and dx appear with the rank-R update and without it (rank 0): the second shows what the main loop alone is
+worth, and is the gate of everything else. The BLAS call of y and dx is the frozen product in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from check import FACTOR, SLACK, error
+from measure import CLOCKS, Measurement, Plan, base_row, with_times
+from providers import Problem, make_problem
+from shapes import Shape
+from timing import alternate, captured, in_turn, input_sets
+from torch import Tensor
+
+FLOOR = "blas"
+TRITON = "triton"
+UPDATE_OFF = "triton-update-off"
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of one problem: its BLAS form, its kernels by name, and its float64 value for each name."""
+
+    blas: Callable[[], Tensor]
+    kernels: dict[str, Callable[[], Tensor]]
+    exact: dict[str, Tensor]
+
+
+def products(problem: Problem) -> dict[str, Callable[[], Product]]:
+    """h, y, g, dx, dA and dB by name; each is made when called, so that few live at a time."""
+    from fastlora.kernels.gemm import gemm
+    from fastlora.kernels.project import project
+    from fastlora.kernels.token_sum import token_sum
+
+    from fastlora.planner import Problem as Planned
+    from fastlora.planner import describe, make_plan
+
+    p, s = problem, problem.shape
+    plan = make_plan(Planned(describe(p.device), p.dtype, s.M, s.N, s.K, s.R), "triton")
+    x = p.x.detach()
+    h, g = x @ p.B.t(), p.dy @ p.A
+
+    def projected(rows: Tensor, right: Tensor, config) -> Product:
+        return Product(
+            lambda: torch.mm(rows, right),
+            {TRITON: lambda: project(rows, right, config)},
+            {name: rows.double() @ right.double() for name in (FLOOR, TRITON)},
+        )
+
+    def updated(rows: Tensor, right: Tensor, u: Tensor, v: Tensor, config) -> Product:
+        # Rank 0: the same kernel and tiles, its loop over the ranks empty.
+        off = (u[:, :0], v[:0])
+        base = rows.double() @ right.double()
+        return Product(
+            lambda: torch.mm(rows, right),
+            {
+                TRITON: lambda: gemm(rows, right, u, v, p.alpha, config),
+                UPDATE_OFF: lambda: gemm(rows, right, *off, p.alpha, config),
+            },
+            {FLOOR: base, UPDATE_OFF: base, TRITON: base + p.alpha * (u.double() @ v.double())},
+        )
+
+    def summed(rows: Tensor, u: Tensor, config) -> Product:
+        return Product(
+            lambda: torch.mm(rows.t(), u),
+            {TRITON: lambda: token_sum(rows, u, 1.0, config, p.dtype)},
+            {name: rows.double().t() @ u.double() for name in (FLOOR, TRITON)},
+        )
+
+    return {
+        "y": lambda: updated(x, p.weight.t(), h, p.A.t(), plan.y.config),
+        "dx": lambda: updated(p.dy, p.weight, g, p.B, plan.dx.config),
+        "h": lambda: projected(x, p.B.t(), plan.h.config),
+        "g": lambda: projected(p.dy, p.A, plan.g.config),
+        "dA": lambda: summed(p.dy, h, plan.dA.config),
+        "dB": lambda: summed(x, g, plan.dB.config),
+    }
+
+
+def failures(product: Product) -> dict[str, str]:
+    """What is wrong with each kernel: its error may be twice that of the BLAS call, plus 1e-6."""
+    allowed = error(product.blas(), product.exact[FLOOR])
+    wrong = {}
+    for name, kernel in product.kernels.items():
+        found = error(kernel(), product.exact[name])
+        for kind in ("largest", "rms"):
+            value, limit = getattr(found, kind), FACTOR * getattr(allowed, kind) + SLACK
+            if not value <= limit:
+                wrong[name] = f"check failed: {kind} error {value:.3g}, allowed {limit:.3g}"
+    return wrong
+
+
+def measure_products(shape: Shape, plan: Plan) -> Measurement:
+    """Checks, then times the kernels of each product of ``plan.modes`` in turns with its BLAS call.
+
+    Where the kernels cannot run, the rows say why.
+    """
+    bytes_per_set = plan.dtype.itemsize * (shape.M * (shape.N + shape.K) + shape.N * shape.K)
+    problems = [
+        make_problem(shape, plan.dtype, plan.device, bias=False, seed=seed)
+        for seed in range(input_sets(bytes_per_set, plan.device))
+    ]
+    measurement = Measurement()
+    try:
+        makers = [products(problem) for problem in problems]
+    except RuntimeError as reason:
+        measurement.rows = [
+            replace(
+                base_row(shape, plan),
+                mode=name,
+                timer=timer,
+                provider=TRITON,
+                status=f"unavailable: {reason}",
+            )
+            for name in plan.modes
+            for timer in plan.timers
+        ]
+        return measurement
+    for name in plan.modes:
+        sets = [maker[name]() for maker in makers]
+        wrong = failures(sets[0])
+        base = replace(base_row(shape, plan), mode=name)
+        for timer in plan.timers:
+            measurement.rows += [
+                replace(base, timer=timer, provider=kernel, status=status) for kernel, status in wrong.items()
+            ]
+            right = [FLOOR, *(kernel for kernel in sets[0].kernels if kernel not in wrong)]
+            _time(
+                measurement,
+                [{FLOOR: s.blas, **s.kernels} for s in sets],
+                right,
+                replace(base, timer=timer),
+                plan,
+            )
+    return measurement
+
+
+def _time(measurement: Measurement, sets: list[dict], names: list[str], base, plan: Plan) -> None:
+    functions = {name: in_turn(functions[name] for functions in sets) for name in names}
+    if base.timer == "graph":
+        stream = torch.cuda.Stream()
+        functions = {name: captured(function, stream) for name, function in functions.items()}
+    timings = alternate(
+        functions,
+        CLOCKS[base.timer](),
+        seconds=plan.seconds,
+        calls_each=len(sets),
+        min_rounds=plan.min_rounds,
+        min_sample=plan.min_sample,
+    )
+    for name, timing in timings.items():
+        measurement.timings[base.mode, base.timer, name] = timing
+        measurement.rows.append(with_times(replace(base, provider=name), timing, timings[FLOOR]))

@@ -1,0 +1,594 @@
+"""The benchmark suite's own machinery: its gate, its clocks, its files, and the GPU script end to end."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu  # noqa: E402
+import plot  # noqa: E402
+import providers  # noqa: E402
+import results  # noqa: E402
+import shapes  # noqa: E402
+import timing  # noqa: E402
+from measure import Checks, Plan, measure  # noqa: E402
+from primitives import UPDATE_OFF, failures, products  # noqa: E402
+from providers import PROVIDERS, Layer, Provider, Unavailable, make_problem  # noqa: E402
+from shapes import Shape  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = Shape(33, 40, 48, 4)
+PLAN = Plan("test", ("both",), ("cpu",), torch.float32, CPU, seconds=0.001, min_rounds=2, min_sample=0.0)
+
+
+def problem(shape=SMALL, dtype=torch.float32, **options):
+    return make_problem(shape, dtype, CPU, **{"bias": True, **options})
+
+
+# --- Shapes ---
+
+
+def test_shape_lists_are_those_of_the_issue():
+    features = {(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192)}
+    llm = {(s.M, s.N, s.K, s.R) for s in shapes.TRAINING_SHAPES + shapes.DECODE_SHAPES}
+    assert llm == {
+        (M, N, K, R) for M in (1, 16, 512, 4096, 8192) for N, K in features for R in (8, 16, 64, 128)
+    }
+    small = {(s.M, s.N, s.K, s.R) for s in shapes.CPU_SHAPES}
+    assert small == {(M, K, K, R) for M in (1, 64, 512, 2048) for K in (384, 768, 1024) for R in (8, 64)}
+    # A run that is cut short has measured long batches at the usual rank.
+    assert all(s.M >= 4096 and s.R == 16 for s in shapes.TRAINING_SHAPES[:10])
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "1,2,3,4,5", "0,1,1,1", ""])
+def test_shape_refuses_what_is_none(text):
+    with pytest.raises(ValueError, match=r"M,N,K,R|at least 1"):
+        Shape.parse(text)
+
+
+# --- The check before the timing ---
+
+
+correct_layer = PROVIDERS["eager"].build
+
+
+class _Altered(torch.autograd.Function):
+    """Passes values on and alters gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor, change):
+        ctx.change = change
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.change(gradient), None
+
+
+def broken(what):
+    """A provider that is right in everything but ``what``; also a list that counts its calls."""
+    calls = []
+
+    def build(problem):
+        layer = correct_layer(problem)
+        A, B = layer.adapters
+        p = problem
+
+        def call(x):
+            calls.append(what)
+            if what == "dx":
+                x = _Altered.apply(x, lambda gradient: gradient * 1.001)
+            a = _Altered.apply(A, lambda g: g * 1.001) if what == "dA" else A
+            b = _Altered.apply(B, lambda g: g * 1.001) if what == "dB" else B
+            y = providers.eager_lora(x, p.weight, a, b, p.alpha, p.bias)
+            if what == "y":
+                y = y * 1.001
+            elif what == "nan":
+                y = torch.where(torch.arange(y.shape[1]) == 3, float("nan"), y)
+            elif what == "shape":
+                y = y[:, :-1]
+            elif what == "dtype":
+                y = y.double()
+            elif what == "raises":
+                raise RuntimeError("kernel went away")
+            return y
+
+        return Layer(call, (A, B))
+
+    return Provider(f"broken-{what}", build, "for the test"), calls
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("y", "check failed: y: largest error"),
+        ("dx", "check failed: dx: "),
+        ("dA", "check failed: dA: "),
+        ("dB", "check failed: dB: "),
+        ("nan", "check failed: y: largest error nan"),
+        ("shape", "error: RuntimeError"),
+        ("dtype", "check failed: y: torch.float64, expected torch.float32"),
+        ("raises", "error: RuntimeError: kernel went away"),
+    ],
+)
+def test_wrong_provider_is_reported_and_not_timed(what, message):
+    wrong, calls = broken(what)
+    measured = measure(SMALL, [PROVIDERS["frozen"], wrong, PROVIDERS["eager"]], PLAN)
+    rows = {row.provider: row for row in measured.rows}
+    assert rows[wrong.name].status.startswith(message)
+    assert rows[wrong.name].median_ms is None
+    assert len(calls) == 1, "called for the check alone"
+    assert measured.failures() == {wrong.name: rows[wrong.name].status}
+    assert set(measured.timings) == {("both", "cpu", "frozen"), ("both", "cpu", "eager")}
+    assert rows["eager"].status == results.OK
+    assert rows["eager"].median_ms > 0
+
+
+def test_unavailable_provider_says_why():
+    def build(problem):
+        raise Unavailable("needs a library")
+
+    measured = measure(SMALL, [PROVIDERS["frozen"], Provider("absent", build, "")], PLAN)
+    assert [r.status for r in measured.rows if r.provider == "absent"] == ["unavailable: needs a library"]
+    assert not measured.failures()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_every_provider_is_right_or_says_why_not(dtype, dropout):
+    checks = Checks(problem(dtype=dtype, dropout=dropout))
+    chosen = [p for name, p in PROVIDERS.items() if name != "compile"]  # see the test below
+    statuses = {p.name: checks.status(p) for p in chosen}
+    unavailable = {name: status for name, status in statuses.items() if status != results.OK}
+    assert all(status.startswith("unavailable: ") for status in unavailable.values()), unavailable
+    must_run = {"frozen", "frozen-again", "eager", "peft", "fastlora", "fastlora-addmm", "fastlora-reference"}
+    if dropout == 0.0:
+        must_run |= {"seed", "addmm", "addmm-base-last"}
+    if dtype == torch.bfloat16:
+        must_run |= {"peft-same-dtype", "fastlora-fp32-adapters"}
+    assert not must_run & unavailable.keys(), unavailable
+
+
+@pytest.mark.slow
+def test_compile_provider():
+    rows = measure(SMALL, [PROVIDERS["frozen"], PROVIDERS["compile"]], replace(PLAN, modes=gpu.TRAINING)).rows
+    assert {row.status for row in rows} == {results.OK}
+
+
+def test_dropout_of_fastlora_is_checked_against_its_mask():
+    def other_mask(problem, seed):
+        return PROVIDERS["fastlora"].seeded(problem, seed + 1)
+
+    checks = Checks(problem(dropout=0.25))
+    assert checks.status(PROVIDERS["fastlora"]) == results.OK
+    status = checks.status(replace(PROVIDERS["fastlora"], seeded=other_mask))
+    assert status.startswith("check failed: y: ")
+
+
+def test_select_names_the_floor_and_refuses_unknown_names():
+    assert [p.name for p in providers.select("peft, eager")] == ["frozen", "eager", "peft"]
+    with pytest.raises(ValueError, match="unknown providers nothing; known: frozen"):
+        providers.select("peft,nothing")
+
+
+def test_products_are_checked():
+    """The kernels of the six products, in the interpreter or on a GPU; and a wrong value is seen."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made = products(make_problem(Shape(19, 24, 17, 3), torch.float32, device, bias=False))
+    assert list(made) == ["y", "dx", "h", "g", "dA", "dB"]
+    product = made["y"]()
+    assert failures(product) == {}
+    kernels = {name: (lambda run=run: run() * 1.01) for name, run in product.kernels.items()}
+    wrong = failures(replace(product, kernels=kernels))
+    assert wrong.keys() == {"triton", UPDATE_OFF}
+
+
+# --- Timing ---
+
+
+class CountingClock:
+    """Each function takes as long as it says; the order of the samples is kept."""
+
+    def __init__(self):
+        self.order = []
+
+    def sample(self, function, calls):
+        self.order.append(function.__name__)
+        return calls * sum(function() for _ in range(1))
+
+    def read(self, sample):
+        return sample
+
+    def synchronize(self):
+        pass
+
+
+def slow():
+    return 0.5
+
+
+def quick():
+    return 0.25
+
+
+def test_alternate_takes_turns():
+    clock = CountingClock()
+    timings = timing.alternate(
+        {"quick": quick, "slow": slow}, clock, seconds=6.0, calls_each=5, min_sample=0.0, max_rounds=50
+    )
+    assert timings["quick"].seconds == (0.05,) * 8  # 6 s hold 8 rounds of 0.75 s
+    assert timings["slow"].ratio(timings["quick"]) == pytest.approx(2.0)
+    rounds = clock.order[-16:]
+    pairs = [tuple(rounds[i : i + 2]) for i in range(0, 16, 2)]
+    assert set(pairs) == {("quick", "slow"), ("slow", "quick")}, "both orders, each function once a round"
+
+
+def test_alternate_repeats_short_functions_alike():
+    clock = CountingClock()
+    timings = timing.alternate(
+        {"quick": quick, "slow": slow}, clock, seconds=0.0, min_rounds=3, min_sample=1.0
+    )
+    assert timings["quick"].seconds == (0.25,) * 3
+    assert timings["slow"].seconds == (0.5,) * 3
+
+
+@pytest.mark.parametrize("options", [{"min_rounds": 0}, {"min_rounds": 5, "max_rounds": 4}])
+def test_alternate_refuses_no_rounds(options):
+    with pytest.raises(ValueError, match="min_rounds"):
+        timing.alternate({"quick": quick}, CountingClock(), seconds=1.0, **options)
+    with pytest.raises(ValueError, match="0 functions"):
+        timing.alternate({}, CountingClock(), seconds=1.0)
+
+
+def test_ratio_is_taken_within_a_round():
+    """A machine that slows down fourfold in the middle changes both times and no ratio."""
+    floor = timing.Timing((1.0, 1.0, 4.0, 4.0))
+    other = timing.Timing((1.5, 1.5, 6.0, 6.0))
+    assert other.ratio(floor) == 1.5
+    assert other.ratio_quartiles(floor) == (1.5, 1.5)
+    assert timing.Timing((1.0, 2.0, 3.0)).spread == pytest.approx(0.5)
+
+
+def test_saved_bytes():
+    """Beyond x and the parameters: M * R for fastlora, PEFT's copies in float32, the seed's whole weight."""
+    shape = Shape(64, 48, 40, 4)
+    p = problem(shape, torch.bfloat16)
+
+    def saved(name):
+        layer = PROVIDERS[name].build(p)
+        known = [p.x, p.weight, p.bias, *layer.adapters]
+        return timing.saved_bytes(providers.step(layer, p, "forward"), known)
+
+    assert saved("frozen") == 0
+    assert saved("fastlora") == shape.M * shape.R * 2
+    assert saved("seed") == shape.N * shape.K * 2
+    assert saved("peft") == shape.M * (shape.K + shape.R) * 4
+
+
+def test_budget_stops_and_says_what_it_left_out():
+    now = [0.0]
+
+    def lasting(seconds):
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    budget = timing.Budget(10.0, clock=lambda: now[0])
+    ran = [budget.run(name, lasting(s)) for name, s in (("a", 1.0), ("b", 4.0), ("c", 4.0), ("d", 0.1))]
+    # After a and b 5 s are left, enough for another b; after c 1 s is not.
+    assert ran == [True, True, True, False]
+    assert budget.left_out == ["d"]
+
+
+# --- Files ---
+
+
+def measured_rows():
+    return measure(SMALL, [PROVIDERS["frozen"], PROVIDERS["eager"]], PLAN).rows
+
+
+def test_csv_round_trip(tmp_path):
+    rows = measured_rows()
+    stamp = results.environment(CPU)
+    writer = results.CsvWriter(tmp_path / "new" / "rows.csv", stamp)
+    writer.write(rows)
+    with (tmp_path / "new" / "rows.csv").open(newline="") as file:
+        records = list(csv.DictReader(file))  # before close: each row is flushed
+    writer.close()
+    assert tuple(records[0]) == results.COLUMNS
+    assert {
+        "median_ms",
+        "ratio",
+        "peak_mib",
+        "saved_mib",
+        "device",
+        "driver",
+        "torch",
+        "triton",
+        "commit",
+        "date",
+    } <= set(records[0])
+    assert records[0]["torch"] == torch.__version__
+    assert records[0]["commit"] == stamp.commit
+    back, text = results.read_csv(tmp_path / "new" / "rows.csv")
+    assert text == str(stamp)
+    assert [(r.provider, r.M, r.bias, r.status) for r in back] == [
+        (r.provider, r.M, r.bias, r.status) for r in rows
+    ]
+    assert back[1].ratio == pytest.approx(rows[1].ratio, rel=1e-5)
+    assert back[0].peak_mib is None
+
+
+def test_read_csv_refuses_other_columns(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns"):
+        results.read_csv(path)
+
+
+def test_ratio_table_counts_shapes():
+    base = results.Row("linear", 1, 2, 3, 4, "float32", False, 0.0, "both", "cpu", "frozen", ratio=1.0)
+    rows = [base, base, replace(base, provider="peft", ratio=2.0), replace(base, provider="peft", ratio=8.0)]
+    table = results.ratio_table([*rows, replace(base, provider="compile", ratio=1.5)])
+    assert "4.000 (8.000)" in table
+    assert "1.500 (1.500) [1]" in table, "a mean over fewer shapes says so"
+    assert results.ratio_table([]) == "no ratio was measured"
+
+
+def test_noise_warning():
+    base = results.Row("linear", 1, 2, 3, 4, "float32", False, 0.0, "both", "cpu", "frozen-again", ratio=1.01)
+    assert results.noise_warning([base]) is None
+    assert "1 of 2 runs (at most 1.25x)" in results.noise_warning([base, replace(base, ratio=0.8)])
+
+
+def test_plot(tmp_path, monkeypatch):
+    rows = measured_rows()
+    writer = results.CsvWriter(tmp_path / "rows.csv", results.environment(CPU))
+    writer.write(rows)
+    writer.close()
+    monkeypatch.setattr(
+        sys, "argv", ["plot.py", str(tmp_path / "rows.csv"), str(tmp_path / "out" / "rows.png")]
+    )
+    plot.main()
+    assert (tmp_path / "out" / "rows.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot.draw([replace(rows[0], ratio=None)], "", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+# --- The GPU script, on the CPU ---
+
+
+@pytest.fixture
+def dry_run(tmp_path, monkeypatch):
+    """Runs gpu.py's main with few providers; ``tests``: text of a test file to run instead of the cuda tests.
+
+    None takes the tests as passed, which saves a process.
+    """
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setattr(timing, "WARM_UP_CALLS", 1)
+
+    def run(*arguments, tests=None, chosen="frozen,eager,fastlora"):
+        (tmp_path / "test_it.py").write_text(tests or "")
+        if tests is None:
+            monkeypatch.setattr(gpu, "run_tests", lambda *_: results.OK)
+        options = ["--out", tmp_path / "out", "--providers", chosen, "--tests", tmp_path / "test_it.py"]
+        return gpu.main(["--dry-run-cpu", *map(str, options), *arguments])
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_gpu_script_without_gpu(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
+    passing = "def test(): pass"
+    assert dry_run(tests=passing) == 0
+    out = tmp_path / "out"
+    rows, stamp = results.read_csv(out / "gpu.csv")
+    assert torch.__version__ in stamp
+    sections = {row.section for row in rows}
+    assert sections == {"mainloop", "training", "decode", "host", "dropout"}
+    assert {row.mode for row in rows if row.section == "training"} == set(gpu.TRAINING)
+    assert {row.mode for row in rows if row.section == "mainloop"} == set(gpu.PRODUCTS)
+    assert all(row.ratio > 0 for row in rows if row.status == results.OK)
+    assert {row.status for row in rows if row.provider == "fastlora"} == {results.OK}
+    for name in ("training", "decode", "mainloop"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["correctness"], summary["left_out"], summary["wrong"]) == ("ok", [], [])
+    assert "1 passed" in (out / "tests.log").read_text()
+    printed = capsys.readouterr().out
+    assert printed.index("correctness: pytest") < printed.index("training M33-N40-K48-R4")
+    assert "geometric mean" in printed
+
+    # The same source again: shown already, and only what is asked for.
+    (out / "tests.log").unlink()
+    monkeypatch.setattr(gpu, "pictures", lambda *_: None)
+    assert dry_run("--only", "forward", "decode", tests=passing) == 0
+    assert "shown by an earlier call" in capsys.readouterr().out
+    assert not (out / "tests.log").exists()
+    rows, _ = results.read_csv(out / "gpu.csv")
+    assert {(row.section, row.mode) for row in rows} == {("training", "forward"), ("decode", "inference")}
+
+
+def test_gpu_script_leaves_out_what_does_not_fit(dry_run, tmp_path, capsys, monkeypatch):
+    started = []
+
+    class Spent(timing.Budget):
+        def __init__(self, seconds):
+            super().__init__(seconds)
+            self._longest = 0.0
+
+        @property
+        def remaining(self):
+            return 1e9 if len(started) < 1 else 0.0
+
+    units = gpu.units
+
+    def counted(*arguments):
+        return [
+            gpu.Unit(unit.name, lambda unit=unit: (started.append(unit.name), unit.run())[1])
+            for unit in units(*arguments)
+        ]
+
+    monkeypatch.setattr(gpu, "Budget", Spent)
+    monkeypatch.setattr(gpu, "units", counted)
+    assert dry_run("--only", "forward", "decode") == 0
+    assert started == ["training M33-N40-K48-R4"]
+    left_out = ["training M5-N24-K17-R3", "decode M5-N24-K17-R3"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["left_out"] == left_out
+    assert f"left out for lack of time, 2: {', '.join(left_out)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        ("def test(): assert False", "pytest ended with status 1"),
+        ("import pytest\n@pytest.mark.skip\ndef test(): pass", "no test passed (1 skipped)"),
+        ("", "pytest ended with status 5"),
+    ],
+)
+def test_gpu_script_times_nothing_if_the_tests_fail(dry_run, tmp_path, capsys, tests, message):
+    assert dry_run("--only", "both", tests=tests) == 1
+    assert f"correctness: {message}; nothing was timed" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "gpu.csv").exists()
+    assert not (tmp_path / "out" / "correctness.json").exists()
+
+
+def test_gpu_script_ends_hung_tests(tmp_path):
+    (tmp_path / "test_it.py").write_text("import time\ndef test(): time.sleep(60)")
+    status = gpu.run_tests([str(tmp_path / "test_it.py")], tmp_path / "log", 1.5)
+    assert status == "the tests did not end within 2 s"
+
+
+def test_gpu_script_times_nothing_if_a_check_fails(dry_run, tmp_path, capsys, monkeypatch):
+    wrong = replace(broken("dA")[0], name="fastlora")
+    monkeypatch.setitem(PROVIDERS, "fastlora", wrong)
+    assert dry_run("--only", "both") == 1
+    assert "of fastlora's checks failed; nothing was timed" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "gpu.csv").exists()
+
+
+def test_gpu_script_reports_a_rival_that_fails_and_goes_on(dry_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "eager", replace(broken("y")[0], name="eager"))
+    assert dry_run("--only", "both") == 0
+    rows, _ = results.read_csv(tmp_path / "out" / "gpu.csv")
+    statuses = {row.provider: row.status for row in rows}
+    assert statuses["eager"].startswith("check failed: y")
+    assert statuses["fastlora"] == results.OK
+
+
+def test_gpu_script_ends_timing_at_a_device_error(tmp_path):
+    def fails():
+        raise RuntimeError("illegal memory access")
+
+    work = [gpu.Unit("one", fails), gpu.Unit("two", fails)]
+    rows, wrong = gpu.run_units(work, timing.Budget(60.0), writer=None)
+    assert rows == []
+    assert wrong == ["one: RuntimeError: illegal memory access; timing ended there"]
+
+
+# --- Fresh processes ---
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_watchdog_ends_a_hung_process():
+    program = "import gpu, time; gpu.watchdog(0.1); time.sleep(60)"
+    run = python("-c", program, PYTHONPATH=str(BENCHMARKS))
+    assert run.returncode == 3
+    assert "did not end" in run.stdout
+
+
+def test_source_tree_without_an_install():
+    """In a process that finds no fastlora, install() maps both packages and nothing named `kernels`."""
+    program = textwrap.dedent(
+        f"""
+        import importlib.util, sys
+        root = {str(ROOT)!r}
+        sys.meta_path[:] = [f for f in sys.meta_path if "fastlora" not in getattr(f, "__module__", "")]
+        sys.path[:] = [entry for entry in sys.path if entry != root]
+        assert importlib.util.find_spec("fastlora") is None, "still installed"
+        sys.path.append({str(BENCHMARKS)!r})
+        import source_tree
+        source_tree.install()
+        source_tree.install()
+        assert "fastlora" not in sys.modules
+        import fastlora, fastlora.kernels.configs
+        assert fastlora.__file__ == root + "/fastlora/__init__.py", fastlora.__file__
+        assert fastlora.kernels.configs.__file__ == root + "/kernels/configs.py"
+        kernels = importlib.util.find_spec("kernels")
+        assert kernels is None or not kernels.origin.startswith(root), kernels.origin
+        assert root not in sys.path and "triton" not in sys.modules
+        print(len([f for f in sys.meta_path if type(f).__module__ == "source_tree"]))
+        """
+    )
+    run = python("-I", "-c", program)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "1\n"
+
+
+def test_source_tree_refuses_a_second_fastlora(monkeypatch):
+    import source_tree
+
+    monkeypatch.setattr(sys.modules["fastlora"], "__file__", "/elsewhere/fastlora/__init__.py")
+    with pytest.raises(RuntimeError, match="another fastlora is imported already: /elsewhere"):
+        source_tree.install()
+
+
+def test_pytest_benchmarks_fail_with_a_wrong_provider(tmp_path):
+    (tmp_path / "wrong_eager.py").write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path.insert(0, {str(BENCHMARKS)!r})
+            import dataclasses, providers
+            p = providers.PROVIDERS
+            p["eager"] = dataclasses.replace(p["eager"], build=lambda problem: providers._build_seed(
+                dataclasses.replace(problem, alpha=2.0)))
+            """
+        )
+    )
+    arguments = ["-p", "wrong_eager", "--bench-shape", "5,24,17,3", "--bench-modes", "both"]
+    arguments += [
+        "--bench-providers",
+        "seed,eager,unsloth",
+        "--bench-seconds",
+        "0.01",
+        "--bench-out",
+        tmp_path / "out",
+    ]
+    script = Path(sys.executable).with_name("pytest")
+    run = python(script, "benchmarks", "-q", *arguments, PYTHONPATH=str(tmp_path))
+    assert "1 failed, 2 passed, 1 skipped" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 1
+    assert "eager on M5-N24-K17-R3: check failed: y: largest error" in run.stdout
+    assert "unsloth unavailable: apply_lora_o has no bias" in run.stdout
+    rows, _ = results.read_csv(tmp_path / "out" / "linear.csv")
+    assert {row.provider for row in rows if row.ratio} == {"frozen", "seed"}
+    assert (tmp_path / "out" / "linear.png").exists()
