@@ -87,7 +87,9 @@ class TestProject:
 
 class TestGemm:
     @staticmethod
-    def run(kernels, device, dtype, M, D, E, R, *, layouts=("contiguous",) * 4, bias=True, seed=None, adapter=None):
+    def run(
+        kernels, device, dtype, M, D, E, R, *, layouts=("contiguous",) * 4, bias=True, seed=None, adapter=None
+    ):
         """Launch once and compare; alpha is no power of two, so that rounding it would show."""
         alpha = 0.7
         p = matrix(M, D, dtype, device, layouts[0])
@@ -145,7 +147,20 @@ class TestGemm:
 
 class TestTokenSum:
     @staticmethod
-    def run(kernels, device, dtype, M, D, R, *, layouts=("contiguous",) * 2, out=None, seed=None, sms=8, transposed=False):
+    def run(
+        kernels,
+        device,
+        dtype,
+        M,
+        D,
+        R,
+        *,
+        layouts=("contiguous",) * 2,
+        out=None,
+        seed=None,
+        sms=8,
+        transposed=False,
+    ):
         alpha = 0.7
         p = matrix(M, D, dtype, device, layouts[0])
         u = matrix(M, R, dtype, device, layouts[1], M**-0.5)
@@ -244,7 +259,9 @@ class TestKeepMask:
         seed = -987654321987654321
         mask = reference.keep_mask(torch.tensor([seed]), 40, 29, 0.25)
         for row, column in ((0, 0), (1, 7), (39, 28), (17, 8), (3, 15)):
-            word = philox((column // 8, row, 0, 0), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))[column % 8 // 2]
+            word = philox((column // 8, row, 0, 0), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))[
+                column % 8 // 2
+            ]
             bits = (word >> (16 * (column % 2))) & 0xFFFF
             assert mask[row, column].item() == (bits >= 16384)
 
@@ -253,7 +270,12 @@ class TestKeepMask:
         deviation = (0.1 * 0.9 / keep.numel()) ** 0.5
         assert abs(keep.mean().item() - 0.9) < 5 * deviation + 1 / 65536
         centred = keep - keep.mean()
-        for neighbour in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(8, 1), centred.t().reshape(2048, 1024)):
+        for neighbour in (
+            centred.roll(1, 0),
+            centred.roll(1, 1),
+            centred.roll(8, 1),
+            centred.t().reshape(2048, 1024),
+        ):
             correlation = (centred * neighbour).mean() / centred.square().mean()
             assert abs(correlation.item()) < 5 / keep.numel() ** 0.5
         other = reference.keep_mask(torch.tensor([6]), 2048, 1024, 0.1).double() - keep.mean()

@@ -21,7 +21,9 @@ def assert_as_accurate(actual: Tensor, eager: Tensor, exact: Tensor, name: str =
     assert torch.isfinite(actual).all(), f"{name}: not finite; an element was not written, or NaN was read"
     for kind, ours, theirs in zip(("max", "rms"), errors(actual, exact), errors(eager, exact), strict=True):
         bound = FACTOR * theirs + FLOOR
-        assert ours <= bound, f"{name}: {kind} error {ours:.3e}, eager PyTorch {theirs:.3e}, bound {bound:.3e}"
+        assert ours <= bound, (
+            f"{name}: {kind} error {ours:.3e}, eager PyTorch {theirs:.3e}, bound {bound:.3e}"
+        )
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:

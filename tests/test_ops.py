@@ -1,0 +1,139 @@
+"""The two operators: registration, fakes that match the real results, autocast inside."""
+
+import pytest
+import torch
+from cases import HALF, dtype_id, every_run, tensors
+from torch._subclasses import FakeTensorMode
+
+import fastlora.ops  # noqa: F401 - registers the operators
+
+forward = torch.ops.fastlora.lora_forward.default
+backward = torch.ops.fastlora.lora_backward.default
+DTYPES = ((torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32))
+ALL = (True, True, True, True)
+
+
+def forward_arguments(run, lead=(3, 5), dtypes=DTYPES[0], bias=True, dropout=0.0):
+    case = tensors(lead, 24, 40, 4, *dtypes, device=run.device, bias=bias)
+    seed = torch.tensor([7], device=run.device) if dropout else None
+    return [case.x, case.weight, case.A, case.B, case.bias, 1.5, dropout, seed, run.path]
+
+
+def backward_arguments(run, lead=(3, 5), dtypes=DTYPES[0], dropout=0.0, need=ALL):
+    x, weight, A, B, bias, alpha, dropout, seed, mode = forward_arguments(run, lead, dtypes, True, dropout)
+    h = forward(x, weight, A, B, bias, alpha, dropout, seed, mode)[1]
+    dy = torch.randn(*lead, 24).to(x)
+    x, h = x if need[2] else None, h if need[1] else None  # what autograd saves
+    return [dy, x, weight, A, B, h, alpha, dropout, seed, *need, mode]
+
+
+def described(result):
+    return [(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in result]
+
+
+def assert_fake_matches(operator, arguments, device):
+    real = described(operator(*arguments))
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        assert described(operator(*fake)) == real
+    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    assert described(operator(*on_meta)) == [(*entry[:3], "meta") for entry in real]
+    assert all(entry[3] == device for entry in real)
+
+
+class TestForward:
+    @every_run
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+    def test_opcheck(self, run, dropout, dtypes):
+        torch.library.opcheck(forward, forward_arguments(run, dtypes=dtypes, dropout=dropout))
+
+    @every_run
+    def test_opcheck_without_bias(self, run):
+        torch.library.opcheck(forward, forward_arguments(run, bias=False))
+
+    @every_run
+    @pytest.mark.parametrize("lead", [(), (0,), (1,), (70,), (2, 0), (2, 3, 4)])
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+    def test_fake(self, run, lead, dtypes):
+        arguments = forward_arguments(run, lead, dtypes)
+        assert_fake_matches(forward, arguments, run.device)
+        y, h = forward(*arguments)
+        assert y.shape == (*lead, 24)
+        assert h.shape == (arguments[0].numel() // 40, 4)
+        assert y.dtype == h.dtype == dtypes[0]
+
+    @every_run
+    def test_fake_of_a_permuted_x(self, run):
+        arguments = forward_arguments(run, (3, 5), DTYPES[1])
+        arguments[0] = arguments[0].transpose(0, 1)
+        assert_fake_matches(forward, arguments, run.device)
+
+    @every_run
+    @pytest.mark.parametrize("half", HALF, ids=dtype_id)
+    def test_autocast_is_off_inside(self, run, half):
+        arguments = forward_arguments(run)
+        plain = forward(*arguments)
+        with torch.autocast(run.device, half):
+            inside = forward(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+
+NEEDS = [
+    ALL,
+    (True, False, False, False),
+    (False, True, False, False),
+    (False, False, True, False),
+    (False, False, False, True),
+    (False, True, True, False),
+]
+
+
+class TestBackward:
+    @every_run
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+    def test_opcheck(self, run, dropout, dtypes):
+        torch.library.opcheck(backward, backward_arguments(run, dtypes=dtypes, dropout=dropout))
+
+    @every_run
+    @pytest.mark.parametrize("need", NEEDS[1:])
+    def test_opcheck_in_part(self, run, need):
+        torch.library.opcheck(backward, backward_arguments(run, need=need))
+
+    @every_run
+    @pytest.mark.parametrize("need", NEEDS)
+    @pytest.mark.parametrize("lead", [(), (0,), (70,), (2, 3, 4)])
+    def test_fake(self, run, lead, need):
+        for dtypes in DTYPES:
+            assert_fake_matches(backward, backward_arguments(run, lead, dtypes, need=need), run.device)
+
+    @every_run
+    def test_fake_of_an_expanded_or_permuted_dy(self, run):
+        arguments = backward_arguments(run)
+        for dy in (
+            arguments[0][:1, :1].expand(3, 5, 24),
+            arguments[0].permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        ):
+            arguments[0] = dy
+            assert_fake_matches(backward, arguments, run.device)
+
+    @every_run
+    @pytest.mark.parametrize("half", HALF, ids=dtype_id)
+    def test_autocast_is_off_inside(self, run, half):
+        arguments = backward_arguments(run)
+        plain = backward(*arguments)
+        with torch.autocast(run.device, half):
+            inside = backward(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+    @every_run
+    def test_results_are_memory_of_their_own(self, run):
+        """An operator must not hand out a tensor twice, nor one of its arguments."""
+        for need in NEEDS:
+            arguments = backward_arguments(run, need=need)
+            pointers = [
+                t.data_ptr() for t in (*arguments, *backward(*arguments)) if isinstance(t, torch.Tensor)
+            ]
+            pointers = [pointer for pointer in pointers if pointer]
+            assert len(pointers) == len(set(pointers))
