@@ -2,31 +2,40 @@
 
 Three paths compute the same values: ``triton`` (the fused kernels), ``addmm`` (cuBLAS or the CPU's BLAS with
 beta = 1, the strongest unfused form) and ``reference`` (the plain formula). The choice is made here, for
-forward and backward alike, from shapes, dtypes and the device; where no measured row decides, a small
-roofline estimate does. Everything is plain arithmetic: it is tested without a GPU.
+forward and backward alike, from shapes, dtypes and the device; where no measured row
+(:mod:`fastlora.measured`) decides, a small roofline estimate does. Everything is plain arithmetic: it is
+tested without a GPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from fastlora import measured
 from fastlora.kernels import configs
 
 PATHS = ("triton", "addmm", "reference")
 MODES = ("auto", *PATHS)
 _HALF = (torch.float16, torch.bfloat16)
+# The products that dropout changes.
+DROPPED = ("h", "dx", "dB")
 # Full-precision inputs have no tensor-core path worth choosing, but the kernels compute them when asked.
 _KERNEL_DTYPES = (*_HALF, torch.float32)
 
+# The mode of the newest open block of any thread: what compiled code is guarded on.
 _mode = "auto"
+# One entry for each open block of any thread. A thread's own mode lies in PyTorch's thread-local state, which
+# autograd's threads take over from the one that calls backward(), so that checkpoints recompute on its path.
+_open_blocks: list[None] = []
+_MODE_KEY = "fastlora.mode"
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ ROOFLINES = {
 # Share of the memory's rate that a skinny product reaches, and one kernel's launch in seconds: estimates.
 _TRITON_SKINNY, _CUBLAS_SKINNY = 0.85, 0.60
 _LAUNCH = 4e-6
+# How much faster than memory the L2 cache is at the least: an estimate, for what every program reads again.
+_L2 = 1.3
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Step:
 
     primitive: str
     path: str
-    config: configs.ProjectConfig | configs.GemmConfig | configs.TokenSumConfig | None
+    config: configs.Config | None
     reason: str
 
 
@@ -90,6 +101,11 @@ class Plan:
     def all_addmm(self) -> bool:
         """Whether every product takes the addmm form, which then runs as one short chain."""
         return all(getattr(self, name).path == "addmm" for name in self.__dataclass_fields__)
+
+    @functools.cached_property
+    def one_launch(self) -> bool:
+        """Whether the kernel for few tokens makes h and y together."""
+        return isinstance(self.y.config, configs.SmallConfig)
 
     @property
     def path(self) -> str:
@@ -123,6 +139,21 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class GroupPlan:
+    """The products of layers that share x: h, dx and dB of all together, y, g and dA of each."""
+
+    h: Step
+    dx: Step
+    dB: Step
+    branches: tuple[Plan, ...]
+
+    @functools.cached_property
+    def one_launch(self) -> bool:
+        """Whether each branch makes its own h and y together, as for few tokens."""
+        return all(branch.one_launch for branch in self.branches)
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a plan depends on. M: tokens, N: out_features, K: in_features, R: rank."""
 
@@ -139,6 +170,8 @@ class Problem:
 def use_path(mode: str) -> Iterator[None]:
     """Run every layer inside the block on one path; for tests and benchmarks.
 
+    Other threads stay on their own path; compiled code alone follows the newest block of any thread.
+
     Args:
         mode: "auto" (the planner chooses), "triton", "addmm" or "reference". A forward pass remembers the
             mode for its own backward pass.
@@ -149,16 +182,27 @@ def use_path(mode: str) -> Iterator[None]:
     global _mode
     if mode not in MODES:
         raise ValueError(f"use_path: unknown path {mode!r}, expected one of {', '.join(map(repr, MODES))}")
-    previous, _mode = _mode, mode
+    previous, _mode = current_mode(), mode
+    eager = not torch.compiler.is_compiling()
+    if eager:
+        _open_blocks.append(None)
+        torch._C._stash_obj_in_tls(_MODE_KEY, mode)
     try:
         yield
     finally:
         _mode = previous
+        if eager:
+            torch._C._stash_obj_in_tls(_MODE_KEY, previous)
+            _open_blocks.pop()
 
 
 def current_mode() -> str:
-    """The mode that the innermost :func:`use_path` has set."""
-    return _mode
+    """The mode that this thread's innermost :func:`use_path` has set."""
+    if torch.compiler.is_compiling():
+        return _mode
+    if not _open_blocks or not torch._C._is_key_in_tls(_MODE_KEY):
+        return "auto"
+    return torch._C._get_obj_in_tls(_MODE_KEY)
 
 
 def interpreting() -> bool:
@@ -209,7 +253,23 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@functools.lru_cache(maxsize=4096)
+_forget: list[Callable[[], None]] = [measured.forget]
+
+
+def remembered(function: Callable) -> Callable:
+    """``function`` with a cache of its results that :func:`forget_plans` empties."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    _forget.append(cached.cache_clear)
+    return cached
+
+
+def forget_plans() -> None:
+    """Plan anew from now on, with the measured rows as they are then in their files."""
+    for forget in _forget:
+        forget()
+
+
+@remembered
 def make_plan(problem: Problem, mode: str = "auto") -> Plan:
     """The plan of a problem; raises RuntimeError where ``mode`` asks for kernels that cannot run."""
     obstacle = why_not_triton(problem)
@@ -225,14 +285,60 @@ def make_plan(problem: Problem, mode: str = "auto") -> Plan:
         return _uniform_plan(problem, "addmm", obstacle)
     if problem.dtype not in _HALF:
         return _uniform_plan(problem, "addmm", f"{_name(problem.dtype)} has no fused tensor-core kernel")
-    return _estimated_plan(problem)
+    return _chosen_plan(problem)
+
+
+@remembered
+def make_group_plan(
+    problem: Problem, Ns: tuple[int, ...], Rs: tuple[int, ...], mode: str = "auto"
+) -> GroupPlan:
+    """The plan of branches of out_features ``Ns`` and ranks ``Rs``, whose sums are N and R of ``problem``.
+
+    Raises RuntimeError where ``mode`` asks for kernels that cannot run.
+    """
+    whole = make_plan(problem, mode)
+    each = [dataclasses.replace(problem, N=N, R=R) for N, R in zip(Ns, Rs, strict=True)]
+    branches = [make_plan(branch, mode) for branch in each]
+    h = kernel_step(problem, "h") if whole.one_launch else whole.h
+    if not all(branch.one_launch for branch in branches):
+        # One pass over x makes h for all of them, so that no branch needs it in y's launch.
+        branches = [
+            dataclasses.replace(plan, y=kernel_step(branch, "y")) if plan.one_launch else plan
+            for plan, branch in zip(branches, each, strict=True)
+        ]
+    return GroupPlan(h, _group_dx(problem, Ns, whole.dx, mode), whole.dB, tuple(branches))
+
+
+def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Step:
+    """The step that sums dx over the branches; ``dx``: that of one layer as wide as all of them."""
+    p = problem
+    if kernel_step(p, "dx").config is None:
+        return dx
+    capability = p.device.capability or configs.MIN_CAPABILITY
+    config = configs.select_group_dx(capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
+    if dx.path == "triton":
+        return dataclasses.replace(dx, config=config)
+    if mode != "auto" or p.device.kind != "cuda" or p.dtype not in _HALF or why_not_triton(p):
+        return dx
+    loop = _loop(p)
+    measured_otherwise = _find(p, "dx") or "triton" in measured.failed(**_key(p, "dx"))
+    if measured_otherwise or not loop.loop_efficiency:
+        return dx
+    triton, addmm = _times(p, "dx", config)
+    # Each further branch of the chain reads dx again and is another launch.
+    addmm += (len(Ns) - 1) * (2 * p.M * p.K / loop.bytes + _LAUNCH)
+    path = "triton" if triton <= addmm else "addmm"
+    reason = f"{_estimated(p)}: triton {triton * 1e6:.1f} us, addmm {addmm * 1e6:.1f} us"
+    return Step(dx.primitive, path, config if path == "triton" else None, reason)
 
 
 def _uniform_plan(problem: Problem, path: str, reason: str) -> Plan:
     """Every step on one path."""
     if path == "triton" and interpreting():
         reason += ", in Triton's interpreter"
-    return Plan(**{name: _step(problem, name, path, reason) for name in Plan.__dataclass_fields__})
+    steps = {name: _step(problem, name, path, reason) for name in Plan.__dataclass_fields__}
+    small = small_config(problem) if path == "triton" else None
+    return Plan(**(steps if small is None else _in_one_launch(steps, small, reason)))
 
 
 def _sizes(problem: Problem, name: str) -> tuple[str, int, int]:
@@ -246,6 +352,25 @@ def _sizes(problem: Problem, name: str) -> tuple[str, int, int]:
         "dA": ("token_sum", p.N, p.R),
         "dB": ("token_sum", p.K, p.R),
     }[name]
+
+
+def kernel_step(problem: Problem, name: str) -> Step:
+    """The step of one product on its own kernel, whatever is faster; ``config`` None where it is empty."""
+    return _step(problem, name, "triton", "asked for")
+
+
+def small_config(problem: Problem) -> configs.SmallConfig | None:
+    """The configuration of the kernel that makes h and y in one launch, None where it cannot run."""
+    if problem.dropout or not (0 < problem.M <= configs.SMALL_ROWS and problem.N and problem.K):
+        return None
+    device = problem.device
+    capability = device.capability or configs.MIN_CAPABILITY
+    return configs.select_small(capability, device.sms or 8, problem.N, problem.R, problem.dtype.itemsize)
+
+
+def _in_one_launch(steps: dict[str, Step], config: configs.SmallConfig, reason: str) -> dict[str, Step]:
+    h = Step("project", "triton", config, f"inside y's launch, {reason}")
+    return {**steps, "h": h, "y": Step("gemm", "triton", config, f"one launch with h, {reason}")}
 
 
 def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
@@ -264,36 +389,116 @@ def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
     return Step(primitive, path, config, reason)
 
 
-def _estimated_plan(problem: Problem) -> Plan:
-    """Each step on the path whose estimated time is shorter."""
-    steps = {}
-    for name in Plan.__dataclass_fields__:
-        triton = _step(problem, name, "triton", "")
-        if problem.dropout and name in ("h", "dx", "dB"):
-            reason = "dropout: only the kernels apply it without writing a mask"
-        elif triton.config is None:
-            reason = "empty: nothing to launch"
-        else:
-            reason, faster = _compare(problem, name, triton.config)
-            if not faster:
-                steps[name] = Step(triton.primitive, "addmm", None, reason)
-                continue
-        steps[name] = Step(triton.primitive, "triton", triton.config, reason)
-    return Plan(**steps)
+def _chosen_plan(problem: Problem) -> Plan:
+    """Each step on the path that was measured to be faster, or is estimated to be."""
+    found = {name: _find(problem, name) for name in Plan.__dataclass_fields__}
+    steps = {
+        name: _estimated_step(problem, name)
+        if finding is None
+        else _step(problem, name, finding.path, finding.reason)
+        for name, finding in found.items()
+    }
+    small = small_config(problem)
+    if small is None:
+        return Plan(**steps)
+    forward = _find(problem, "forward")
+    if forward is None:
+        # A row against an estimate would be no fair comparison.
+        reason = None if found["h"] or found["y"] else _why_one_launch(problem, small)
+        return Plan(**(steps if reason is None else _in_one_launch(steps, small, reason)))
+    if forward.path == "small":
+        return Plan(**_in_one_launch(steps, small, forward.reason))
+    both = {name: _step(problem, name, forward.path, forward.reason) for name in ("h", "y")}
+    return Plan(**{**steps, **both})
+
+
+def _key(problem: Problem, product: str) -> dict[str, object]:
+    """What the rows of a product are found by, the sizes but R left out."""
+    return {
+        "gpu": problem.device.name,
+        "capability": problem.device.capability,
+        "dtype": _name(problem.dtype),
+        "product": product,
+        "R": problem.R,
+        "dropout": problem.dropout and product in DROPPED,
+    }
+
+
+def _find(problem: Problem, product: str) -> measured.Finding | None:
+    return measured.find(**_key(problem, product), M=problem.M, N=problem.N, K=problem.K)
+
+
+def _estimated_step(problem: Problem, name: str) -> Step:
+    """A step for which no row was measured."""
+    kernel = kernel_step(problem, name)
+    if kernel.config is None:
+        return Step(kernel.primitive, "addmm", None, "empty: nothing to launch")
+    if "triton" in measured.failed(**_key(problem, name)):
+        return Step(
+            kernel.primitive, "addmm", None, "the kernel failed its check on this GPU at another shape"
+        )
+    if problem.dropout and name in DROPPED:
+        reason = "dropout: only the kernels apply it without writing a mask"
+        return Step(kernel.primitive, "triton", kernel.config, reason)
+    reason, faster = _compare(problem, name, kernel.config)
+    return (
+        Step(kernel.primitive, "triton", kernel.config, reason)
+        if faster
+        else Step(kernel.primitive, "addmm", None, reason)
+    )
 
 
 def _compare(problem: Problem, name: str, config) -> tuple[str, bool]:
     """The reason of a step's choice, and whether the kernel is estimated to be at least as fast as addmm."""
-    capability = configs.nearest_capability(problem.device.capability)
-    roofline = ROOFLINES[capability]
-    primitive, D, E = _sizes(problem, name)
-    if primitive == "gemm" and not roofline.loop_efficiency:
+    if not _loop(problem).loop_efficiency and _sizes(problem, name)[0] == "gemm":
         return f"sm_{problem.device.capability}: no main loop of its own yet, cuBLAS with beta = 1", False
-    triton, addmm = estimate(primitive, roofline, problem.device.sms, problem.M, D, E, problem.R, config)
-    return (
-        f"estimated for sm_{problem.device.capability}: triton {triton * 1e6:.1f} us, addmm {addmm * 1e6:.1f} us",
-        triton <= addmm,
-    )
+    triton, addmm = _times(problem, name, config)
+    return f"{_estimated(problem)}: triton {triton * 1e6:.1f} us, addmm {addmm * 1e6:.1f} us", triton <= addmm
+
+
+def _why_one_launch(problem: Problem, config: configs.SmallConfig) -> str | None:
+    """The reason if one launch is estimated to be faster than h and y apart, else None."""
+    roofline = _loop(problem)
+    if not roofline.loop_efficiency or "small" in measured.failed(**_key(problem, "forward")):
+        return None
+    one = estimate_small(roofline, problem.device.sms, problem.M, problem.N, problem.K, problem.R, config)
+    apart = sum(min(_times(problem, name, kernel_step(problem, name).config)) for name in ("h", "y"))
+    if one > apart:
+        return None
+    return f"{_estimated(problem)}: together {one * 1e6:.1f} us, apart {apart * 1e6:.1f} us"
+
+
+def _estimated(problem: Problem) -> str:
+    return f"estimated for sm_{problem.device.capability}"
+
+
+def _loop(problem: Problem) -> Roofline:
+    return ROOFLINES[configs.nearest_capability(problem.device.capability)]
+
+
+def _times(problem: Problem, name: str, config) -> tuple[float, float]:
+    """Estimated seconds of one step by its kernel and by addmm."""
+    primitive, D, E = _sizes(problem, name)
+    return estimate(primitive, _loop(problem), problem.device.sms, problem.M, D, E, problem.R, config)
+
+
+def _share(programs: int, sms: int) -> float:
+    """The share of the GPU's rates that so many programs draw."""
+    return min(1.0, programs / max(sms, 1))
+
+
+def estimate_small(
+    roofline: Roofline, sms: int, M: int, N: int, K: int, R: int, config: configs.SmallConfig
+) -> float:
+    """Seconds of h and y together by the kernel for few tokens, in half precision.
+
+    W comes from memory once; x and B come from the L2 cache, for each program anew.
+    """
+    programs = -(-N // config.block_n)
+    moved = 2 * (N * K + M * (K + N) + R * (K + N))
+    cached = 2 * programs * K * (M + R)
+    seconds = max(moved / roofline.bytes, (moved + cached) / (roofline.bytes * _L2))
+    return seconds / _share(programs, sms) + _LAUNCH
 
 
 def estimate(
@@ -309,7 +514,7 @@ def estimate(
         flops = 2 * M * E * D
         moved = 2 * (M * D + D * E + M * E)
         programs = -(-M // config.block_m) * -(-E // config.block_e)
-        share = min(1.0, programs / sms)
+        share = _share(programs, sms)
         triton = max(
             (flops + 2 * M * E * rank) / (roofline.flops * roofline.loop_efficiency), moved / roofline.bytes
         )
@@ -323,41 +528,9 @@ def estimate(
     else:
         programs, launches = -(-D // config.block_d) * config.splits, 2
         partial = 8 * config.splits * D * R  # fp32, written and read
-    share = min(1.0, programs / sms)
+    share = _share(programs, sms)
     triton = max(flops / roofline.flops, moved / (roofline.bytes * _TRITON_SKINNY)) / share
     triton += partial / roofline.bytes + launches * _LAUNCH
     # cuBLAS returns the sum in the half dtype and leaves the factor alpha to another small kernel.
     addmm = max(flops / roofline.flops, moved / (roofline.bytes * _CUBLAS_SKINNY)) + launches * _LAUNCH
     return triton, addmm
-
-
-def plan(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, dropout: float = 0.0
-) -> Plan:
-    """What :func:`fastlora.lora_linear` would run for these tensors, and why; nothing is computed.
-
-    Args:
-        x: (..., K). weight: (N, K). A: (N, R). B: (R, K). bias: (N,) or None.
-        dropout: probability of dropping an element of the update's input.
-
-    Returns:
-        A frozen :class:`Plan`: path, tile shape and reason of each product, ``path`` and ``reason`` those of
-        the forward gemm.
-
-    Raises:
-        ValueError: shapes or dtypes that ``lora_linear`` would refuse.
-        RuntimeError: inside ``use_path("triton")`` where the kernels cannot run.
-    """
-    from fastlora.function import check_arguments, compute_dtype
-
-    check_arguments(x, weight, A, B, 1.0, bias, dropout, None)
-    problem = Problem(
-        device=describe(x.device),
-        dtype=compute_dtype(x),
-        M=x.numel() // max(x.shape[-1], 1),
-        N=weight.shape[0],
-        K=weight.shape[1],
-        R=B.shape[0],
-        dropout=dropout > 0.0,
-    )
-    return make_plan(problem, _mode)

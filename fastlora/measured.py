@@ -1,0 +1,307 @@
+"""Measured times of the paths: the rows that the planner prefers to its estimate, and where they come from.
+
+A row is one path of one product of a layer, timed at one shape on one GPU. The user's own rows (written by
+``python -m fastlora tune`` to a file in the cache folder) come before those that ship with the package. A
+file is read once, when the first plan for a GPU is made; one that cannot be used is ignored with a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Raised whenever the meaning of a row changes, or the kernels so much that older times are of no use.
+VERSION = 1
+OK = "ok"
+# The products of a layer, and with them the sizes that each depends on; "forward" is h and y together, which
+# one launch makes for few tokens.
+SIZES = {"h": "K", "y": "NK", "g": "N", "dx": "NK", "dA": "N", "dB": "K", "forward": "NK"}
+PATHS = ("small", "triton", "addmm")
+DTYPES = ("float16", "bfloat16")
+# Rows decide for N and K up to a factor of two to this away from theirs; M and R have buckets.
+_NEAR = 0.5
+_SHIPPED = Path(__file__).with_name("measured.csv")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One path of one product at one shape; ``microseconds`` is None where ``status`` is not "ok".
+
+    Raises:
+        ValueError: a value that no measurement gives.
+    """
+
+    gpu: str
+    capability: int
+    triton: str
+    dtype: str
+    product: str
+    M: int
+    N: int
+    K: int
+    R: int
+    dropout: bool
+    path: str
+    microseconds: float | None
+    status: str = OK
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", DTYPES), ("product", tuple(SIZES)), ("path", PATHS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if self.path == "small" and self.product != "forward":
+            raise ValueError(
+                f"path is 'small', which makes h and y together, but product is {self.product!r}"
+            )
+        if min(self.M, self.N, self.K, self.R, self.capability) < 1 or not self.gpu or not self.status:
+            raise ValueError(f"expected positive sizes, a GPU and a status, got {self}")
+        timed = self.microseconds is not None and math.isfinite(self.microseconds) and self.microseconds > 0
+        if timed != (self.status == OK):
+            raise ValueError(f"microseconds is {self.microseconds}, but status is {self.status!r}")
+
+    @property
+    def family(self) -> tuple:
+        """What a row shares with those that a failed check of its path disqualifies."""
+        return family(self.gpu, self.capability, self.triton, self.dtype, self.product, self.R, self.dropout)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.M, self.N, self.K, self.R
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+
+
+def bucket(size: int, least: int = 1) -> int:
+    """The smallest power of two that holds ``size``, at least ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def family(gpu: str, capability: int, triton: str, dtype: str, product: str, R: int, dropout: bool) -> tuple:
+    # Ranks below 16 fill the same tensor-core tile.
+    return gpu, capability, triton, dtype, product, bucket(R, 16), dropout
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What rows say of a product: its fastest path that passed its check, and a sentence with the figures."""
+
+    path: str
+    reason: str
+
+
+class Table:
+    """The rows of one file. ``source``: how a reason names it, with ``{gpu}`` where the GPU belongs."""
+
+    def __init__(self, rows: Iterable[Row] = (), source: str = "") -> None:
+        self.machines: set[tuple[str, int, str]] = set()
+        self._source = source
+        self._rows: dict[tuple, dict[tuple[int, int, int, int], list[Row]]] = {}
+        self._failed: dict[tuple, set[str]] = {}
+        for row in rows:
+            self.machines.add((row.gpu, row.capability, row.triton))
+            self._rows.setdefault(row.family, {}).setdefault(row.shape, []).append(row)
+            if row.status != OK:
+                self._failed.setdefault(row.family, set()).add(row.path)
+
+    def failed(self, key: tuple) -> frozenset[str]:
+        """The paths that failed a check in this family."""
+        return frozenset(self._failed.get(key, ()))
+
+    def find(self, key: tuple, M: int, N: int, K: int, R: int, refused: frozenset[str]) -> Finding | None:
+        """The rows of the nearest shape in this family, None where none is near or no path may be chosen.
+
+        ``refused``: paths that may not, though they passed at this shape.
+        """
+        asked = {"N": N, "K": K}
+
+        def ratios(shape: tuple[int, int, int, int]) -> list[float]:
+            known = {"N": shape[1], "K": shape[2]}
+            return [abs(math.log2(asked[size] / known[size])) for size in SIZES[key[4]]]
+
+        shapes = [
+            shape
+            for shape in self._rows.get(key, ())
+            if bucket(shape[0]) == bucket(M) and max(ratios(shape)) <= _NEAR
+        ]
+        if not shapes:
+            return None
+        shape = min(shapes, key=lambda known: (sum(ratios(known)), abs(known[0] - M), abs(known[3] - R)))
+        rows = sorted(self._rows[key][shape], key=lambda row: PATHS.index(row.path))
+        usable = [row for row in rows if row.status == OK and row.path not in refused]
+        if not usable:
+            return None
+        figures = ", ".join(
+            f"{row.path} {row.microseconds:.1f} us" if row in usable else f"{row.path} failed its check"
+            for row in rows
+        )
+        where = f" at M={shape[0]}, N={shape[1]}, K={shape[2]}" if sum(ratios(shape)) else ""
+        best = min(usable, key=lambda row: row.microseconds)
+        return Finding(best.path, f"{self._source.format(gpu=key[0])}{where}: {figures}")
+
+
+def user_file() -> Path | None:
+    """Where the user's own rows lie, None where there is no cache folder; the file need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # The specification of that variable says to ignore relative paths.
+        folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "fastlora" / f"tuned-v{VERSION}.csv"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file, or one of another version; names the line.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        try:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, None)
+            if header is None or tuple(header) != COLUMNS:
+                raise ValueError(f"line 1: expected the columns {','.join(COLUMNS)}")
+            return [_parse(line, reader.line_num) for line in reader if line]
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from error
+
+
+def _parse(line: list[str], number: int) -> Row:
+    if len(line) != len(COLUMNS):
+        raise ValueError(f"line {number}: {len(line)} columns, expected {len(COLUMNS)}")
+    fields: dict[str, object] = dict(zip(COLUMNS, line, strict=True))
+    try:
+        for name in ("capability", "M", "N", "K", "R"):
+            fields[name] = int(fields[name])
+        fields["dropout"] = {"True": True, "False": False}[fields["dropout"]]
+        fields["microseconds"] = float(fields["microseconds"]) if fields["microseconds"] else None
+        return Row(**fields)
+    except KeyError as error:
+        raise ValueError(f"line {number}: dropout is {error}, expected True or False") from error
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"fastlora: {message}", RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def _user_table() -> Table:
+    path = user_file()
+    return Table() if path is None else _load(path, "tuned here")
+
+
+@functools.cache
+def _shipped_table() -> Table:
+    return _load(_SHIPPED, "measured on {gpu} (shipped)")
+
+
+def _load(path: Path, source: str) -> Table:
+    try:
+        return Table(read_rows(path), source)
+    except FileNotFoundError:
+        return Table()
+    except (OSError, ValueError) as error:
+        _warn(f"ignoring the measured times in {path}: {error}")
+        return Table()
+
+
+@functools.cache
+def triton_version() -> str:
+    """The installed Triton as "major.minor"; "" where there is none. Rows of another one do not count."""
+    try:
+        found = re.match(r"\d+\.\d+", importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return found.group() if found else ""
+
+
+@functools.cache
+def _tables(gpu: str, capability: int) -> tuple[Table, ...]:
+    """The tables with rows for this GPU and the installed Triton, the user's own first.
+
+    A user's file without any is foreign here: one warning says so.
+    """
+    machine = gpu, capability, triton_version()
+    user = _user_table()
+    if user.machines and machine not in user.machines:
+        others = ", ".join(f"{name} with Triton {triton}" for name, _, triton in sorted(user.machines))
+        _warn(
+            f"ignoring the measured times in {user_file()}: they are for {others}, none for {gpu} "
+            f"with Triton {machine[2]} (python -m fastlora tune measures this GPU)"
+        )
+    return tuple(table for table in (user, _shipped_table()) if machine in table.machines)
+
+
+def find(
+    gpu: str, capability: int, dtype: str, product: str, M: int, N: int, K: int, R: int, dropout: bool = False
+) -> Finding | None:
+    """What the rows say of a product at this shape; the user's rows come first. Never raises."""
+    tables = _tables(gpu, capability)
+    if not tables or not (M and N and K and R):
+        return None
+    key = family(gpu, capability, triton_version(), dtype, product, R, dropout)
+    refused = failed(gpu, capability, dtype, product, R, dropout)
+    findings = (table.find(key, M, N, K, R, refused) for table in tables)
+    return next((finding for finding in findings if finding), None)
+
+
+def failed(
+    gpu: str, capability: int, dtype: str, product: str, R: int, dropout: bool = False
+) -> frozenset[str]:
+    """The paths that failed a check on this GPU, at any shape of this dtype, product and rank bucket."""
+    key = family(gpu, capability, triton_version(), dtype, product, R, dropout)
+    return frozenset().union(*(table.failed(key) for table in _tables(gpu, capability)))
+
+
+def forget() -> None:
+    """Read the files again when the next plan is made."""
+    for cached in (_user_table, _shipped_table, _tables):
+        cached.cache_clear()
+
+
+def save_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file, in the place of older ones of the same path, product and shape.
+
+    The file is replaced as a whole: whoever reads it, or is interrupted, finds the old rows or the new ones.
+
+    Raises:
+        OSError: the folder cannot be written. A file that holds something else is replaced.
+    """
+
+    def key(row: Row) -> tuple:
+        return *row.family[:5], *row.shape, row.dropout, row.path
+
+    kept = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        kept = {key(row): row for row in read_rows(path)}
+    kept.update({key(row): row for row in rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    try:
+        with open(handle, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(dataclasses.astuple(kept[name]) for name in sorted(kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+        raise

@@ -1,0 +1,608 @@
+"""``python -m fastlora tune``: measures the paths on this GPU and writes the rows that the planner reads.
+
+Each path of each product is checked against a float64 result, then the paths that passed are timed in turns,
+in one run. The rows go to a file in the user's cache folder, after every shape, so that an interrupted run
+keeps what it measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import random
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import measured, ops, planner, reference, surgery
+from fastlora.kernels import configs
+from fastlora.measured import OK, Row
+from fastlora.planner import Device, Problem, Step
+
+# The (out, in) features of common 7B to 13B decoders, training and decoding.
+FEATURES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 512, 1024, 2048, 4096, 8192)
+RANKS = (16, 64)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ALPHA = 0.5
+DROPOUT = 0.1
+# The rule of every test: an error of at most twice that of eager PyTorch in the same dtypes, plus a little.
+FACTOR, SLACK = 2.0, 1e-6
+# Rows and columns of a result that the check compares: float64 is slow on most GPUs.
+_SAMPLED = 256
+_MAX_SETS = 16
+
+# Names of paths with the calls to time, one for each input set -> seconds a call of each path.
+Timer = Callable[[Mapping[str, Sequence[Callable[[], object]]]], Mapping[str, float]]
+
+
+class DeviceLost(RuntimeError):
+    """A path broke the GPU's context, so that nothing can be measured in this process any more."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(
+            f"{row.product} by {row.path} at M={row.M}, N={row.N}, K={row.K}, R={row.R}: {row.status}"
+        )
+        self.row = row
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """M tokens, N out-features, K in-features, rank R."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Of "M,N,K,R"; ValueError (as argparse wants it) for anything else."""
+        sizes = [int(part) for part in text.split(",")]
+        if len(sizes) != 4 or min(sizes) < 1 or sizes[3] > configs.MAX_RANK:
+            raise ValueError(text)
+        return cls(*sizes)
+
+    def __str__(self) -> str:
+        return f"M={self.M} N={self.N} K={self.K} R={self.R}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """x: (M, K), weight: (N, K), A: (N, R), B: (R, K), dy: (M, N), h and g: (M, R), all of one dtype."""
+
+    x: Tensor
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    dy: Tensor
+    h: Tensor
+    g: Tensor
+    seed: Tensor
+
+
+def draw_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(rows, columns, generator=generator, device=device, dtype=torch.float32)
+        return (values * scale).to(dtype)
+
+    M, N, K, R = shape.M, shape.N, shape.K, shape.R
+    x, dy = normal(M, K), normal(M, N)
+    A, B = normal(N, R, R**-0.5), normal(R, K, K**-0.5)
+    return Inputs(
+        x=x,
+        weight=normal(N, K, K**-0.5),
+        A=A,
+        B=B,
+        dy=dy,
+        h=x @ B.t(),
+        g=dy @ A,
+        seed=torch.tensor([seed], device=device),
+    )
+
+
+@dataclass(frozen=True)
+class Computation:
+    """One product on one set of inputs: by each path, and a part of it in float64."""
+
+    run: Callable[[str], Tensor]
+    exact: Callable[[Tensor, Tensor], Tensor]
+
+
+def computation(product: str, problem: Problem, t: Inputs) -> Computation:
+    """``run(path)`` gives the whole result, ``exact(rows, columns)`` those elements of it."""
+
+    def step(name: str, path: str) -> Step:
+        kernel = planner.kernel_step(problem, name)
+        return kernel if path == "triton" else Step(kernel.primitive, path, None, "")
+
+    def drop() -> ops._Dropout | None:
+        # Made anew for each call: it keeps the mask that the paths without kernels write.
+        return ops._dropout(DROPOUT, t.seed if problem.dropout else None, problem.M, problem.K)
+
+    def keep() -> Tensor:
+        """(M, K) factors of x in float64."""
+        if not problem.dropout:
+            return torch.ones_like(t.x, dtype=torch.float64)
+        mask = reference.keep_mask(t.seed, problem.M, problem.K, DROPOUT)
+        return mask.double() * reference.keep_scale(DROPOUT)
+
+    def project(name: str, p: Tensor, q: Tensor) -> Computation:
+        def exact(rows: Tensor, columns: Tensor) -> Tensor:
+            factors = keep()[rows] if name == "h" else 1.0
+            return (p[rows].double() * factors) @ q[:, columns].double()
+
+        dropped = drop if name == "h" else lambda: None
+        return Computation(lambda path: ops._project(step(name, path), p, q, dropped()), exact)
+
+    def gemm(name: str, p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> Computation:
+        def exact(rows: Tensor, columns: Tensor) -> Tensor:
+            update = ALPHA * (u[rows].double() @ v[:, columns].double())
+            if name == "dx":
+                update *= keep()[rows][:, columns]
+            return p[rows].double() @ q[:, columns].double() + update
+
+        dropped = drop if name == "dx" else lambda: None
+        return Computation(lambda path: ops._gemm(step(name, path), p, q, u, v, ALPHA, drop=dropped()), exact)
+
+    def token_sum(name: str, p: Tensor, u: Tensor) -> Computation:
+        transposed = name == "dB"
+        dropped = drop if transposed else lambda: None
+
+        def exact(rows: Tensor, columns: Tensor) -> Tensor:
+            if not transposed:
+                return ALPHA * (p[:, rows].double().t() @ u[:, columns].double())
+            return ALPHA * (u[:, rows].double().t() @ (p[:, columns].double() * keep()[:, columns]))
+
+        def run(path: str) -> Tensor:
+            return ops._token_sum(step(name, path), p, u, ALPHA, p.dtype, transposed, dropped())
+
+        return Computation(run, exact)
+
+    def forward(path: str) -> Tensor:
+        if path == "small":
+            small = Step("gemm", "triton", planner.small_config(problem), "")
+            return ops._small_forward(small, t.x, t.weight, t.A, t.B, None, ALPHA)[0]
+        if path == "addmm":
+            return ops._addmm_forward(t.x, t.weight, t.A, t.B, None, ALPHA)[0]
+        h = ops._project(step("h", path), t.x, t.B.t())
+        return ops._gemm(step("y", path), t.x, t.weight.t(), h, t.A.t(), ALPHA)
+
+    def exact_forward(rows: Tensor, columns: Tensor) -> Tensor:
+        x = t.x[rows].double()
+        update = x @ t.B.double().t() @ t.A[columns].double().t()
+        return x @ t.weight[columns].double().t() + ALPHA * update
+
+    return {
+        "h": lambda: project("h", t.x, t.B.t()),
+        "y": lambda: gemm("y", t.x, t.weight.t(), t.h, t.A.t()),
+        "g": lambda: project("g", t.dy, t.A),
+        "dx": lambda: gemm("dx", t.dy, t.weight, t.g, t.B),
+        "dA": lambda: token_sum("dA", t.dy, t.h),
+        "dB": lambda: token_sum("dB", t.x, t.g),
+        "forward": lambda: Computation(forward, exact_forward),
+    }[product]()
+
+
+def products(shape: Shape) -> list[tuple[str, bool]]:
+    """(product, dropout) of everything that is measured at a shape."""
+    plain = [name for name in measured.SIZES if name != "forward" or shape.M <= configs.SMALL_ROWS]
+    return [(name, False) for name in plain] + [(name, True) for name in planner.DROPPED]
+
+
+def check(one: Computation, path: str) -> str:
+    """ "ok", or what is wrong with a path: an exception, a value that is not finite, too large an error."""
+    try:
+        result, eager = one.run(path), one.run("reference")
+        if result.shape != eager.shape or not torch.isfinite(result).all():
+            return "check failed: not finite, or of another shape"
+        rows, columns = (_sample(size, result.device) for size in result.shape)
+        exact = one.exact(rows, columns)
+        errors, allowed = ((value[rows][:, columns].double() - exact).abs() for value in (result, eager))
+        for kind, norm in (("largest", Tensor.max), ("rms", lambda error: error.square().mean().sqrt())):
+            ours, limit = norm(errors).item(), FACTOR * norm(allowed).item() + SLACK
+            if not ours <= limit:
+                return f"check failed: {kind} error {ours:.3g}, allowed {limit:.3g}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or driver raises: this path is not for this GPU
+        return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+    return OK
+
+
+def _sample(size: int, device: torch.device) -> Tensor:
+    """Indices spread over ``size``, the first and the last among them."""
+    return torch.linspace(0, size - 1, min(size, _SAMPLED), device=device).round().long().unique()
+
+
+def _works(device: torch.device) -> bool:
+    """Whether the device still answers: an illegal access leaves it unusable for the whole process."""
+    try:
+        torch.zeros(1, device=device).item()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
+
+
+def measure(
+    product: str,
+    dropout: bool,
+    shape: Shape,
+    dtype: torch.dtype,
+    described: Device,
+    sets: Sequence[Inputs],
+    timer: Timer,
+) -> list[Row]:
+    """The rows of one product at one shape: each path checked, those that passed timed together.
+
+    Raises:
+        DeviceLost: with the row of the path that broke the device.
+    """
+    problem = Problem(described, dtype, shape.M, shape.N, shape.K, shape.R, dropout)
+    computations = [computation(product, problem, inputs) for inputs in sets]
+    paths = [path for path in measured.PATHS if path != "small" or product == "forward"]
+
+    def row(path: str, status: str, seconds: float | None = None) -> Row:
+        return Row(
+            gpu=described.name,
+            capability=described.capability,
+            triton=measured.triton_version(),
+            dtype=str(dtype).removeprefix("torch."),
+            product=product,
+            M=shape.M,
+            N=shape.N,
+            K=shape.K,
+            R=shape.R,
+            dropout=dropout,
+            path=path,
+            microseconds=None if seconds is None else round(seconds * 1e6, 3),
+            status=status,
+        )
+
+    status = {}
+    for path in paths:
+        status[path] = check(computations[0], path)
+        if status[path] != OK and not _works(sets[0].x.device):
+            raise DeviceLost(row(path, status[path]))
+    calls = {
+        path: [functools.partial(one.run, path) for one in computations]
+        for path in paths
+        if status[path] == OK
+    }
+    seconds = timer(calls) if calls else {}
+    return [row(path, status[path], seconds.get(path)) for path in paths]
+
+
+def tune(
+    jobs: Iterable[tuple[torch.dtype, Shape]],
+    device: torch.device,
+    described: Device,
+    timer: Timer,
+    path: Path,
+) -> Iterator[tuple[torch.dtype, Shape, list[Row] | None]]:
+    """Measure every job and save its rows in ``path``; yields them, None where the memory is too small.
+
+    Products that two shapes share (h does not depend on N) are measured once. Plans are made anew afterwards.
+
+    Raises:
+        DeviceLost: see :func:`measure`; what was measured is saved.
+        OSError: the file cannot be written.
+    """
+    seen = set()
+    for dtype, shape in jobs:
+        rows: list[Row] | None = []
+        try:
+            sets = [draw_inputs(shape, dtype, device, seed) for seed in range(_input_sets(shape, device))]
+            for product, dropout in products(shape):
+                sizes = tuple(getattr(shape, size) for size in measured.SIZES[product])
+                key = (dtype, product, dropout, shape.M, sizes, shape.R)
+                if key not in seen:
+                    rows += measure(product, dropout, shape, dtype, described, sets, timer)
+                    seen.add(key)
+        except torch.OutOfMemoryError:
+            rows = rows or None
+        except DeviceLost as lost:
+            measured.save_rows(path, [*rows, lost.row])
+            planner.forget_plans()
+            raise
+        sets = []
+        if rows:
+            measured.save_rows(path, rows)
+            planner.forget_plans()
+        yield dtype, shape, rows
+
+
+def _input_sets(shape: Shape, device: torch.device) -> int:
+    """How many sets of inputs take turns: on a GPU three times its L2 cache, so that none stays in it."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    bytes_per_set = 2 * (shape.M * (shape.N + shape.K) + shape.N * shape.K)
+    return max(2, min(_MAX_SETS, math.ceil(3 * cache / bytes_per_set)))
+
+
+def time_on_gpu(
+    functions: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 11, sample: float = 3e-4
+) -> dict[str, float]:
+    """Median device seconds a call of each path, from CUDA graphs timed in turns on the current device.
+
+    A graph holds one call for each input set, so Python's own time is left out and the inputs come from
+    memory; in every round each path has one sample of about ``sample`` seconds, in an order drawn anew.
+    """
+    graphs = {name: _captured(calls) for name, calls in functions.items()}
+    repeats = {}
+    for name, graph in graphs.items():
+        graph.replay()
+        repeats[name] = max(1, math.ceil(sample / max(_sample_seconds(graph, 1), 1e-7)))
+    order, generator = list(graphs), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        generator.shuffle(order)
+        for name in order:
+            seconds = _sample_seconds(graphs[name], repeats[name])
+            times[name].append(seconds / (repeats[name] * len(functions[name])))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph
+
+
+def _sample_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def model_layers(name: str) -> set[tuple[int, int, int | None]]:
+    """(N, K, rank) of the linear layers of a model, or of an adapter in PEFT's format; rank None for a model.
+
+    Args:
+        name: a directory with ``adapter_config.json``, or a directory or name that transformers'
+            ``AutoConfig`` reads. No weight of the model is loaded.
+
+    Raises:
+        ValueError: it cannot be read, or has no linear layer; says what to do.
+    """
+    config = Path(name) / "adapter_config.json"
+    if not config.is_file():
+        layers = {(n, k, None) for n, k in _linear_features(_meta_model(name), surgery.ALL_LINEAR)}
+    elif (weights := config.with_name("adapter_model.safetensors")).is_file():
+        layers = _adapter_layers(weights)
+    else:
+        layers = _configured_layers(config)
+    if not layers:
+        raise ValueError(f"{name} has no linear layers to tune")
+    return layers
+
+
+def _adapter_layers(path: Path) -> set[tuple[int, int, int | None]]:
+    """The layers that an adapter's file holds: ``lora_A`` is (R, K), ``lora_B`` (N, R)."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ValueError(f"reading {path} needs the safetensors package: pip install safetensors") from error
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    layers = set()
+    for key, down in shapes.items():
+        up = shapes.get(key.replace(".lora_A.", ".lora_B."))
+        if re.search(r"\.lora_A\.(\w+\.)?weight$", key) and up and len(up) == len(down) == 2:
+            layers.add((up[0], down[1], down[0]))
+    return layers
+
+
+def _configured_layers(path: Path) -> set[tuple[int, int, int | None]]:
+    """The layers that an adapter's configuration names in its base model."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        base, rank, targets = (fields[name] for name in ("base_model_name_or_path", "r", "target_modules"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no adapter configuration: {type(error).__name__}: {error}") from error
+    if not isinstance(base, str) or not isinstance(rank, int) or not isinstance(targets, (str, list)):
+        raise ValueError(f"{path}: base_model_name_or_path, r or target_modules is missing")
+    return {(n, k, rank) for n, k in _linear_features(_meta_model(base), targets)}
+
+
+def _meta_model(name: str) -> nn.Module:
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise ValueError(
+            f"--model {name} needs the transformers package: pip install transformers"
+        ) from error
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            return AutoModel.from_config(config)
+    except (OSError, ValueError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"transformers cannot build {name}: {first}") from error
+
+
+def _linear_features(model: nn.Module, targets: str | list[str]) -> set[tuple[int, int]]:
+    paths = surgery.linear_names(model)
+    if not (isinstance(targets, str) and targets.lower() == surgery.ALL_LINEAR):
+        # The names are those in the model with its head, of which this one is a child called so.
+        prefix = getattr(model, "base_model_prefix", "")
+        paths = [p for p in paths if surgery.matches(targets, p) or surgery.matches(targets, f"{prefix}.{p}")]
+    layers = [model.get_submodule(path) for path in paths]
+    return {(layer.out_features, layer.in_features) for layer in layers}
+
+
+def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:
+    """(dtype, shape) of everything to measure, once each; ValueError for a model that cannot be read."""
+    if options.shapes:
+        shapes = set(options.shapes)
+    else:
+        layers = {(n, k, None) for n, k in FEATURES} if options.model is None else model_layers(options.model)
+        shapes = {
+            Shape(m, n, k, r)
+            for n, k, rank in layers
+            for m in options.tokens
+            for r in (options.ranks if rank is None else (rank,))
+            if r <= configs.MAX_RANK
+        }
+    return [(DTYPES[dtype], shape) for dtype in dict.fromkeys(options.dtype) for shape in sorted(shapes)]
+
+
+def _with_progress(jobs: list[tuple[torch.dtype, Shape]]) -> Iterable[tuple[torch.dtype, Shape]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _with_lines(jobs)
+    return tqdm(jobs, desc="tune", unit="shape")
+
+
+def _with_lines(jobs: list[tuple[torch.dtype, Shape]]) -> Iterator[tuple[torch.dtype, Shape]]:
+    for number, (dtype, shape) in enumerate(jobs, 1):
+        print(f"[{number}/{len(jobs)}] {shape}, {dtype}", file=sys.stderr, flush=True)
+        yield dtype, shape
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each product: what each path took, and the path that plan will choose."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.dtype, row.product, row.dropout, *row.shape), []).append(row)
+    lines = []
+    for (dtype, product, dropout, *sizes), paths in groups.items():
+        timed = [row for row in paths if row.status == OK]
+        best = min(timed, key=lambda row: row.microseconds).path if timed else "none"
+        figures = ", ".join(
+            f"{row.path} {row.microseconds:.1f} us" if row.status == OK else f"{row.path} {row.status}"
+            for row in paths
+        )
+        name = f"{product}{' dropout' * dropout}"
+        lines.append(f"{dtype:<9} {Shape(*sizes)!s:<28} {name:<11} {best:<7} {figures}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    def shape(text: str) -> Shape:
+        try:
+            return Shape.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected M,N,K,R, four positive numbers, R at most {configs.MAX_RANK}"
+            ) from error
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
+        return int(text)
+
+    parser = argparse.ArgumentParser(
+        prog="python -m fastlora tune",
+        description="Check and time the paths of a LoRA layer on this GPU; fastlora then takes the fastest.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--shapes", nargs="+", type=shape, metavar="M,N,K,R", help="tokens, out-features, in-features, rank"
+    )
+    what.add_argument(
+        "--model", metavar="DIR_OR_NAME", help="the linear layers of a transformers model or a PEFT adapter"
+    )
+    parser.add_argument(
+        "--tokens", nargs="+", type=positive, default=TOKENS, help="M where --shapes is not given"
+    )
+    parser.add_argument(
+        "--ranks", nargs="+", type=positive, default=RANKS, help="R where nothing else gives it"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--out", type=Path, help="file to write, the one that plan reads if not given")
+    parser.add_argument("--list", action="store_true", help="only list what would be measured")
+    return parser
+
+
+def main(
+    argv: list[str] | None = None,
+    *,
+    device: torch.device | None = None,
+    described: Device | None = None,
+    timer: Timer = time_on_gpu,
+) -> int:
+    """The command. Returns 0; 2 where nothing can be measured, 130 when interrupted.
+
+    Args:
+        argv: the command line after ``tune``; that of the process if None.
+        device, described, timer: what to measure on, how the planner knows it, and by what clock; the current
+            GPU if None. For tests.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        jobs = job_list(options)
+    except ValueError as error:
+        return _give_up(str(error))
+    if not jobs:
+        return _give_up(f"nothing to measure: the kernels take ranks up to {configs.MAX_RANK}")
+    if options.list:
+        print("\n".join(f"{str(dtype).removeprefix('torch.'):<9} {shape}" for dtype, shape in jobs))
+        return 0
+    if device is None and not torch.cuda.is_available():
+        return _give_up("there is no GPU here to measure; on a CPU fastlora always takes the BLAS")
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    described = described or planner.describe(device)
+    obstacle = planner.why_not_triton(Problem(described, jobs[0][0], 1, 1, 1, 1))
+    if obstacle:
+        return _give_up(f"nothing to choose: {obstacle}")
+    path = options.out or measured.user_file()
+    if path is None:
+        return _give_up("no home folder to write to: give --out FILE")
+    rows, skipped = [], []
+    interrupted = False
+    try:
+        for dtype, shape, new in tune(_with_progress(jobs), device, described, timer, path):
+            rows += new or []
+            if new is None:
+                skipped.append(f"{shape}, {dtype}")
+    except KeyboardInterrupt:
+        interrupted = True
+    except DeviceLost as lost:
+        return _give_up(
+            f"the GPU stopped: {lost}. This path will not be chosen; the rows so far are in {path}"
+        )
+    except OSError as error:
+        return _give_up(f"{path} cannot be written: {error}")
+    print(table(rows))
+    for what in skipped:
+        print(f"left out, the GPU's memory is too small: {what}")
+    wrong = [row for row in rows if row.status != OK]
+    if wrong:
+        print(f"{len(wrong)} paths failed their check and will not be chosen")
+    print(f"{'interrupted; ' * interrupted}{len(rows)} rows for {described.name} in {path}")
+    return 130 if interrupted else 0
+
+
+def _give_up(reason: str) -> int:
+    print(f"fastlora tune: {reason}", file=sys.stderr)
+    return 2

@@ -1,0 +1,364 @@
+"""Which path runs what, and why: pinned for several GPUs that need not be here."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CUDA, HALF, dtype_id, tensors
+
+import fastlora
+from fastlora import planner
+from fastlora.kernels import configs
+from fastlora.planner import Device, Problem, make_plan, use_path
+
+A100 = Device("cuda", "A100", 80, 108)
+A10 = Device("cuda", "A10", 86, 72)
+L40S = Device("cuda", "L40S", 89, 142)
+H100 = Device("cuda", "H100", 90, 132)
+B200 = Device("cuda", "B200", 100, 148)
+RTX5090 = Device("cuda", "RTX 5090", 120, 170)
+CPU = Device("cpu")
+GPUS = (A100, A10, L40S, H100, B200, RTX5090)
+STEPS = {"h": "project", "y": "gemm", "g": "project", "dx": "gemm", "dA": "token_sum", "dB": "token_sum"}
+CONFIGS = {
+    "project": configs.ProjectConfig | configs.SmallConfig,
+    "gemm": configs.GemmConfig | configs.SmallConfig,
+    "token_sum": configs.TokenSumConfig,
+}
+SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (768, 768), (4096, 256))
+
+in_the_interpreter = pytest.mark.skipif(CUDA, reason="the interpreter is off in a process with a GPU")
+
+
+def by_name(device):
+    return device.name
+
+
+def planned(device, M, N, K, R=16, dtype=torch.bfloat16, dropout=False, mode="auto"):
+    return make_plan(Problem(device, dtype, M, N, K, R, dropout), mode)
+
+
+def paths(plan):
+    return {name: getattr(plan, name).path for name in STEPS}
+
+
+def assert_complete(plan):
+    """Six steps, each with its primitive, a path, a reason, and a tile shape exactly where a kernel runs."""
+    for name, primitive in STEPS.items():
+        step = getattr(plan, name)
+        assert step.primitive == primitive
+        assert step.path in ("triton", "addmm", "reference")
+        assert step.reason.strip()
+        if step.path == "triton":
+            assert isinstance(step.config, CONFIGS[primitive])
+        else:
+            assert step.config is None
+
+
+class TestFields:
+    def test_frozen(self):
+        plan = planned(A100, 512, 4096, 4096)
+        for value in (plan, plan.y, plan.y.config or plan.g.config, A100):
+            field = dataclasses.fields(value)[0].name
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(value, field, None)
+
+    def test_path_and_reason_are_those_of_the_forward_gemm(self):
+        for M in (1, 512, 8192):
+            plan = planned(A100, M, 4096, 4096)
+            assert plan.path == plan.y.path
+            assert plan.reason == plan.y.reason
+            assert (plan.gemm, plan.project, plan.token_sum) == (plan.y, plan.h, plan.dA)
+
+    @pytest.mark.parametrize("device", [*GPUS, CPU], ids=by_name)
+    @pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+    def test_complete(self, device, dtype):
+        for N, K in SHAPES:
+            for M in (0, 1, 7, 16, 512, 8192):
+                for R in (1, 8, 100, 256):
+                    for dropout in (False, True):
+                        assert_complete(planned(device, M, N, K, R, dtype, dropout))
+
+
+# Forward gemm (device, M, N, K, R), each with a margin of several per cent in the estimate. A short inner
+# size makes the addmm form's second pass over y dear; a long one hides it behind the loop.
+TRITON = [
+    (A100, 8192, 4096, 256, 16),
+    (A100, 8192, 4096, 4096, 16),
+    (A100, 8192, 768, 768, 8),
+    (A10, 8192, 4096, 256, 16),
+    (A10, 8192, 4096, 4096, 16),
+    (L40S, 8192, 4096, 4096, 16),
+    (L40S, 8192, 14336, 4096, 64),
+    (H100, 8192, 4096, 256, 16),
+    (H100, 8192, 768, 768, 16),
+]
+ADDMM = [
+    (A100, 1, 4096, 4096, 128),
+    (A100, 16, 8192, 8192, 64),
+    (A100, 8192, 4096, 14336, 16),
+    (A10, 1, 4096, 4096, 16),
+    (A10, 8192, 4096, 14336, 16),
+    (L40S, 16, 4096, 4096, 16),
+    (H100, 1, 4096, 4096, 128),
+    (H100, 512, 8192, 8192, 16),
+    (H100, 8192, 4096, 4096, 16),
+    (H100, 8192, 14336, 4096, 64),
+    (H100, 8192, 8192, 8192, 128),
+    (B200, 8192, 4096, 256, 16),
+    (B200, 8192, 4096, 4096, 16),
+    (RTX5090, 8192, 4096, 256, 16),
+    (RTX5090, 8192, 8192, 8192, 16),
+]
+
+
+class TestPins:
+    @pytest.mark.parametrize(("device", "M", "N", "K", "R"), TRITON)
+    @pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+    def test_kernels_win(self, device, M, N, K, R, dtype):
+        plan = planned(device, M, N, K, R, dtype)
+        assert plan.path == "triton", plan.reason
+        assert "estimate" in plan.reason
+
+    @pytest.mark.parametrize(("device", "M", "N", "K", "R"), ADDMM)
+    @pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+    def test_addmm_wins(self, device, M, N, K, R, dtype):
+        plan = planned(device, M, N, K, R, dtype)
+        assert plan.path == "addmm", plan.reason
+
+    @pytest.mark.parametrize("device", [B200, RTX5090], ids=by_name)
+    def test_no_gemm_of_our_own_from_sm_100(self, device):
+        for N, K in SHAPES:
+            for M in (1, 512, 8192):
+                plan = planned(device, M, N, K)
+                assert plan.y.path == plan.dx.path == "addmm"
+
+    @pytest.mark.parametrize("device", [A100, H100, B200], ids=by_name)
+    def test_skinny_products_are_decided_on_their_own(self, device):
+        """cuBLAS is weak there: the kernels run them even where the gemm goes to cuBLAS."""
+        plan = planned(device, 8192, 8192, 8192, 16)
+        assert plan.h.path == plan.g.path == plan.dA.path == plan.dB.path == "triton"
+        assert planned(device, 1, 4096, 4096, 16).dA.path == "addmm"
+
+    @pytest.mark.parametrize("device", GPUS, ids=by_name)
+    def test_the_faster_by_its_own_figures(self, device):
+        """The reason states both times; the path is the smaller one's."""
+        stated = re.compile(r"triton ([\d.]+) us, addmm ([\d.]+) us")
+        seen = set()
+        for N, K in SHAPES:
+            for M in (1, 16, 512, 8192):
+                for R in (8, 64):
+                    plan = planned(device, M, N, K, R)
+                    for name in STEPS:
+                        step = getattr(plan, name)
+                        match = stated.search(step.reason)
+                        if match:
+                            triton, addmm = map(float, match.groups())
+                            seen.add(step.path)
+                            if abs(triton - addmm) > 0.1:  # both are rounded to 0.1 us
+                                assert step.path == ("triton" if triton < addmm else "addmm"), step
+        assert seen == {"triton", "addmm"}
+
+    @pytest.mark.parametrize("device", GPUS, ids=by_name)
+    def test_dropout_takes_the_kernels_where_a_mask_would_be_written(self, device):
+        for N, K in SHAPES:
+            for M in (1, 512, 8192):
+                plan = planned(device, M, N, K, dropout=True)
+                assert plan.h.path == plan.dx.path == "triton"
+                assert "dropout" in plan.h.reason
+                assert "dropout" in plan.dx.reason
+
+    def test_the_estimate(self):
+        """Times are positive, grow with the work, and a faster loop or memory never costs more."""
+        roofline = next(iter(planner.ROOFLINES.values()))
+        config = configs.select_gemm(80, 4096, 4096, 16, 2, False)
+        small = planner.estimate("gemm", roofline, 108, 4096, 4096, 4096, 16, config)
+        large = planner.estimate("gemm", roofline, 108, 4096, 8192, 4096, 16, config)
+        assert all(0 < a < b for a, b in zip(small, large, strict=True))
+        better = dataclasses.replace(roofline, flops=2 * roofline.flops, bytes=2 * roofline.bytes)
+        faster = planner.estimate("gemm", better, 108, 4096, 4096, 4096, 16, config)
+        assert all(a < b for a, b in zip(faster, small, strict=True))
+        # Compute-bound: no less than the operations at peak rate, no more than twice that.
+        floor = 2 * 4096**3 / roofline.flops
+        assert all(floor < seconds < 2 * floor for seconds in small)
+
+
+NO_KERNELS = {
+    "an old GPU": ({"device": Device("cuda", "T4", 75, 40)}, "75|7.5|sm_80"),
+    "a very old GPU": ({"device": Device("cuda", "V100", 70, 80)}, "70|7.0|sm_80"),
+    "a nameless GPU": ({"device": Device("cuda")}, "sm_80|capability"),
+    "ROCm": ({"device": Device("cuda", "MI300X", 94, 304, rocm=True)}, "ROCm|AMD"),
+    "Apple": ({"device": Device("mps")}, "mps"),
+    "Intel": ({"device": Device("xpu")}, "xpu"),
+    "meta": ({"device": Device("meta")}, "meta"),
+    "float64": ({"dtype": torch.float64}, "float64"),
+    "a large rank": ({"R": 257}, "257"),
+}
+
+
+class TestNeverAnException:
+    @pytest.mark.parametrize("why", NO_KERNELS)
+    def test_auto_takes_a_safe_path_and_triton_is_refused(self, why):
+        change, pattern = NO_KERNELS[why]
+        arguments = {"device": A100, "M": 64, "N": 512, "K": 512, **change}
+        for M in (0, 1, 64, 8192):
+            for dropout in (False, True):
+                plan = planned(**{**arguments, "M": M, "dropout": dropout})
+                assert_complete(plan)
+                assert "triton" not in paths(plan).values()
+        assert re.search(pattern, planned(**arguments).reason)
+        with pytest.raises(RuntimeError, match=pattern):
+            planned(**arguments, mode="triton")
+        for mode in ("addmm", "reference"):
+            assert set(paths(planned(**arguments, mode=mode)).values()) == {mode}
+
+    def test_float32_is_computed_by_the_kernels_only_when_asked(self):
+        assert "triton" not in paths(planned(A100, 8192, 4096, 4096, dtype=torch.float32)).values()
+        plan = planned(A100, 8192, 4096, 4096, dtype=torch.float32, mode="triton")
+        assert set(paths(plan).values()) == {"triton"}
+
+    def test_triton_missing(self, monkeypatch, request):
+        monkeypatch.setattr(planner, "has_triton", lambda: False)
+        request.addfinalizer(planner.forget_plans)
+        planner.forget_plans()
+        plan = planned(A100, 8192, 4096, 256)
+        assert_complete(plan)
+        assert "triton" not in paths(plan).values()
+        assert re.search("triton.*(not|missing)|no triton", plan.reason, re.IGNORECASE)
+        with pytest.raises(RuntimeError, match="triton"):
+            planned(A100, 8192, 4096, 256, mode="triton")
+
+    @pytest.mark.parametrize("capability", [87, 91, 99, 103, 110, 121, 130, 200])
+    def test_a_gpu_of_tomorrow(self, capability):
+        for M in (0, 1, 512, 8192):
+            for dropout in (False, True):
+                assert_complete(
+                    planned(Device("cuda", "new", capability, 200), M, 4096, 4096, 16, dropout=dropout)
+                )
+
+    @pytest.mark.parametrize("capability", [103, 121, 130, 200])
+    def test_an_unknown_gpu_gets_cublas_for_its_gemm(self, capability):
+        assert planned(Device("cuda", "new", capability, 200), 8192, 4096, 256).path == "addmm"
+
+    @pytest.mark.parametrize("sms", [0, 1, 1000])
+    def test_odd_numbers_of_multiprocessors(self, sms):
+        assert_complete(planned(Device("cuda", "odd", 90, sms), 8192, 4096, 4096))
+
+    @pytest.mark.parametrize(("M", "N", "K"), [(1, 0, 0), (0, 1, 1), (1, 1, 1), (2**31, 4096, 4096)])
+    def test_odd_sizes(self, M, N, K):
+        for device in (A100, CPU):
+            assert_complete(planned(device, M, N, K))
+
+
+def case_arguments(**changes):
+    case = tensors(37, 50, 70, 16, torch.float16)
+    return {**{name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}, **changes}
+
+
+class TestPublicPlan:
+    def test_cpu(self):
+        plan = fastlora.plan(**case_arguments())
+        assert_complete(plan)
+        assert plan.path in ("addmm", "reference")
+        assert "CPU" in plan.reason
+
+    @in_the_interpreter
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_interpreter(self, dropout):
+        with use_path("triton"):
+            plan = fastlora.plan(**case_arguments(), dropout=dropout)
+        assert_complete(plan)
+        assert set(paths(plan).values()) == {"triton"}
+        assert "interpreter" in plan.reason
+
+    @pytest.mark.parametrize("mode", ["addmm", "reference"])
+    def test_asked_for(self, mode):
+        with use_path(mode):
+            plan = fastlora.plan(**case_arguments())
+        assert_complete(plan)
+        assert set(paths(plan).values()) == {mode}
+        assert "use_path" in plan.reason
+
+    def test_computes_and_draws_nothing(self):
+        arguments = case_arguments()
+        state = torch.get_rng_state()
+        meta = {name: tensor.to("meta") for name, tensor in arguments.items()}
+        assert_complete(fastlora.plan(**meta, dropout=0.5))
+        fastlora.plan(**arguments, dropout=0.5)
+        assert torch.equal(state, torch.get_rng_state())
+
+    def test_leading_sizes(self):
+        arguments = case_arguments()
+        arguments["x"] = arguments["x"].reshape(1, 37, 70)
+        assert fastlora.plan(**arguments) == fastlora.plan(**case_arguments())
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"x": torch.randn(37, 69).half()}, r"\(37, 69\)"),
+            ({"A": torch.randn(51, 16).half()}, r"\(51, 16\)"),
+            ({"B": torch.randn(16, 70)}, "float32"),
+            ({"dropout": 2.0}, r"2\.0"),
+        ],
+    )
+    def test_refuses_what_the_layer_refuses(self, change, words):
+        with pytest.raises(ValueError, match=words):
+            fastlora.plan(**case_arguments(**change))
+
+    @pytest.mark.cuda
+    def test_gpu(self):
+        arguments = {name: tensor.cuda() for name, tensor in case_arguments().items()}
+        assert_complete(fastlora.plan(**arguments))
+        device = planner.describe(torch.device("cuda"))
+        major, minor = torch.cuda.get_device_capability()
+        assert device.capability == 10 * major + minor
+        assert device.sms == torch.cuda.get_device_properties(0).multi_processor_count
+        with use_path("triton"):
+            assert set(paths(fastlora.plan(**arguments)).values()) == {"triton"}
+
+    def test_without_the_interpreter_a_cpu_refuses_the_kernels(self):
+        """In a process of its own, as this one has chosen already."""
+        code = (
+            "import torch, fastlora\n"
+            "x, W, A, B = torch.ones(2, 4), torch.ones(3, 4), torch.ones(3, 1), torch.ones(1, 4)\n"
+            "fastlora.lora_linear(x, W, A, B)\n"
+            "with fastlora.use_path('triton'):\n"
+            "    for call in (fastlora.plan, fastlora.lora_linear):\n"
+            "        try: call(x, W, A, B)\n"
+            "        except RuntimeError as error: print(error)\n"
+        )
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert result.stdout.count("TRITON_INTERPRET") == 2
+
+
+class TestUsePath:
+    def test_nested_and_restored(self):
+        assert planner.current_mode() == "auto"
+        with use_path("addmm"):
+            assert planner.current_mode() == "addmm"
+            with use_path("reference"):
+                assert planner.current_mode() == "reference"
+            assert planner.current_mode() == "addmm"
+        assert planner.current_mode() == "auto"
+
+    def test_restored_after_an_exception(self):
+        with pytest.raises(KeyError), use_path("reference"):
+            raise KeyError
+        assert planner.current_mode() == "auto"
+
+    @pytest.mark.parametrize("mode", ["fast", "", "Triton", None, 1])
+    def test_unknown_mode(self, mode):
+        with pytest.raises(ValueError, match=re.escape(repr(mode))), use_path(mode):
+            pytest.fail("the block ran")
+        assert planner.current_mode() == "auto"
+        with use_path("addmm"):
+            with pytest.raises(ValueError, match=r"auto.*triton.*addmm.*reference"):
+                use_path(mode).__enter__()
+            assert planner.current_mode() == "addmm"
