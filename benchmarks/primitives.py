@@ -1,7 +1,8 @@
 """The six products of a layer, each as its Triton kernel against the BLAS call that it has to beat.
 
 y and dx appear with the rank-R update and without it (rank 0): the second shows what the main loop alone is
-worth, and is the gate of everything else. The BLAS call of y and dx is the frozen product in both.
+worth, and is the gate of everything else. The BLAS call of y and dx is the frozen product in both. For at
+most 16 tokens y has the kernel that makes h too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 FLOOR = "blas"
 TRITON = "triton"
 UPDATE_OFF = "triton-update-off"
+ONE_LAUNCH = "triton-one-launch"
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,15 @@ def products(problem: Problem) -> dict[str, Callable[[], Product]]:
     """h, y, g, dx, dA and dB by name; each is made when called, so that few live at a time."""
     from fastlora.kernels.gemm import gemm
     from fastlora.kernels.project import project
+    from fastlora.kernels.small import small
     from fastlora.kernels.token_sum import token_sum
-
     from fastlora.planner import Problem as Planned
-    from fastlora.planner import describe, make_plan
+    from fastlora.planner import describe, kernel_step, make_plan, small_config
 
     p, s = problem, problem.shape
-    plan = make_plan(Planned(describe(p.device), p.dtype, s.M, s.N, s.K, s.R), "triton")
+    planned = Planned(describe(p.device), p.dtype, s.M, s.N, s.K, s.R)
+    make_plan(planned, "triton")  # raises where the kernels cannot run
+    config = {name: kernel_step(planned, name).config for name in ("h", "y", "g", "dx", "dA", "dB")}
     x = p.x.detach()
     h, g = x @ p.B.t(), p.dy @ p.A
 
@@ -65,6 +69,19 @@ def products(problem: Problem) -> dict[str, Callable[[], Product]]:
             {FLOOR: base, UPDATE_OFF: base, TRITON: base + p.alpha * (u.double() @ v.double())},
         )
 
+    def forward() -> Product:
+        right = p.weight.t()
+        product = updated(x, right, h, p.A.t(), config["y"])
+        one = small_config(planned)
+        if one is None:
+            return product
+        exact = x.double() @ right.double() + p.alpha * (x.double() @ p.B.double().t()) @ p.A.double().t()
+        return Product(
+            product.blas,
+            {**product.kernels, ONE_LAUNCH: lambda: small(x, p.weight, p.A, p.B, p.alpha, one)[0]},
+            {**product.exact, ONE_LAUNCH: exact},
+        )
+
     def summed(rows: Tensor, u: Tensor, config) -> Product:
         return Product(
             lambda: torch.mm(rows.t(), u),
@@ -73,12 +90,12 @@ def products(problem: Problem) -> dict[str, Callable[[], Product]]:
         )
 
     return {
-        "y": lambda: updated(x, p.weight.t(), h, p.A.t(), plan.y.config),
-        "dx": lambda: updated(p.dy, p.weight, g, p.B, plan.dx.config),
-        "h": lambda: projected(x, p.B.t(), plan.h.config),
-        "g": lambda: projected(p.dy, p.A, plan.g.config),
-        "dA": lambda: summed(p.dy, h, plan.dA.config),
-        "dB": lambda: summed(x, g, plan.dB.config),
+        "y": forward,
+        "dx": lambda: updated(p.dy, p.weight, g, p.B, config["dx"]),
+        "h": lambda: projected(x, p.B.t(), config["h"]),
+        "g": lambda: projected(p.dy, p.A, config["g"]),
+        "dA": lambda: summed(p.dy, h, config["dA"]),
+        "dB": lambda: summed(x, g, config["dB"]),
     }
 
 

@@ -28,13 +28,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fastlora.kernels import configs, gemm, project, token_sum
+from fastlora.kernels import configs, gemm, group, project, small, token_sum
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 32, 64, 128, 256)
 # Tokens: a decoding step, a short prompt and a training batch, each with tile shapes of its own.
 ROWS = (16, 64, 8192)
 FEATURES = 4096
+# Out-features that give the one-launch kernel each of its widths on SMS multiprocessors.
+SMALL_FEATURES = (1024, 4096, 14336)
 SMS = 132
 
 
@@ -50,6 +52,8 @@ class Case:
     adapter: str = "bf16"
     dropout: bool = False
     backward: bool = False
+    features: int = FEATURES
+    branches: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,14 @@ class Row:
 
 
 def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
-    """Every configuration that ``configs`` can select for half precision, and every variant of each kernel."""
+    """Every configuration that ``configs`` can select for half precision, every variant of each kernel."""
     found = []
     for arch in archs:
         for R in RANKS:
             found += [Case("project", arch, M, R) for M in (16, 8192)]
             found += [Case("gemm", arch, M, R) for M in ROWS]
             found.append(Case("token_sum", arch, 8192, R))
+            found += [Case("small", arch, 16, R, features=N) for N in SMALL_FEATURES]
         for R in (16, 64):
             found += [Case("project", arch, M, R, dropout=True) for M in (16, 8192)]
             found += [Case("gemm", arch, M, R, dropout=True, backward=True) for M in ROWS]
@@ -90,6 +95,12 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
         for kernel in ("project", "gemm", "token_sum"):
             found.append(Case(kernel, arch, 8192, 16, dtype="fp16", adapter="fp32"))
             found.append(Case(kernel, arch, 8192, 16, adapter="fp32", backward=True))
+        found.append(Case("small", arch, 16, 16, dtype="fp16", adapter="fp32"))
+        # Sums of ranks that take one block of each size, and several.
+        for R, branches in ((16, 2), (32, 3), (64, 4), (192, 3)):
+            found += [Case("group_dx", arch, M, R, branches=branches, backward=True) for M in ROWS]
+        found += [Case("group_dx", arch, M, 48, dropout=True, branches=3, backward=True) for M in ROWS]
+        found.append(Case("group_dx", arch, 8192, 48, dtype="fp16", branches=3, backward=True))
     return found
 
 
@@ -97,7 +108,7 @@ def _project_source(case: Case):
     config = configs.select_project(case.arch, case.M, case.R, 2)
     signature = {
         "p_ptr": f"*{case.dtype}", "stride_pm": "i32", "stride_pd": 1,
-        "q_ptr": f"*{case.adapter}", "stride_qd": case.backward or 1, "stride_qr": 1 if case.backward else "i32",
+        "q_ptr": f"*{case.adapter}", "stride_qd": 1, "stride_qr": "i32",
         "h_ptr": f"*{case.dtype}", "stride_hm": "i32",
         "seed_ptr": "*i64" if case.dropout else None, "keep_threshold": "i32", "keep_scale": "fp32",
         "M": "i32", "D": "i32", "R": "i32",
@@ -144,7 +155,55 @@ def _token_sum_source(case: Case):
     return token_sum._token_sum_kernel, signature, config
 
 
-_SOURCES = {"project": _project_source, "gemm": _gemm_source, "token_sum": _token_sum_source}
+def _small_source(case: Case):
+    config = configs.select_small(case.arch, SMS, case.features, case.R, 2)
+    signature = {
+        "x_ptr": f"*{case.dtype}", "stride_xm": "i32", "stride_xk": 1,
+        "w_ptr": f"*{case.dtype}", "stride_wn": "i32", "stride_wk": 1,
+        "a_ptr": f"*{case.adapter}", "stride_an": "i32", "stride_ar": 1,
+        "b_ptr": f"*{case.adapter}", "stride_br": "i32", "stride_bk": 1,
+        "bias_ptr": f"*{case.dtype}", "stride_bias": 1,
+        "y_ptr": f"*{case.dtype}", "stride_ym": "i32",
+        "h_ptr": f"*{case.dtype}", "stride_hm": "i32",
+        "scale": "fp32",
+        "M": "i32", "N": "i32", "K": "i32", "R": "i32",
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "BLOCK_R": config.block_r, "EVEN_K": True, "HAS_BIAS": True,
+    }  # fmt: skip
+    return small._small_kernel, signature, config
+
+
+def _group_dx_source(case: Case):
+    config = configs.select_group_dx(case.arch, case.M, FEATURES, case.R, 2, case.dropout)
+    signature = {}
+    for i in range(configs.MAX_BRANCHES):
+        used = i < case.branches
+        pointer, size = (f"*{case.dtype}", "i32") if used else (None, 0)
+        signature |= {
+            f"p{i}_ptr": pointer, f"stride_p{i}m": size, f"stride_p{i}d": int(used),
+            f"q{i}_ptr": pointer, f"stride_q{i}d": size, f"stride_q{i}e": int(used), f"D{i}": size,
+        }  # fmt: skip
+    signature |= {
+        "u_ptr": f"*{case.dtype}", "stride_um": "i32", "stride_ur": 1,
+        "v_ptr": f"*{case.dtype}", "stride_vr": "i32", "stride_ve": 1,
+        "c_ptr": f"*{case.dtype}", "stride_cm": "i32",
+        "seed_ptr": "*i64" if case.dropout else None, "keep_threshold": "i32", "scale": "fp32",
+        "M": "i32", "E": "i32", "R": "i32",
+        "BRANCHES": case.branches,
+        "BLOCK_M": config.block_m, "BLOCK_E": config.block_e, "BLOCK_D": config.block_d,
+        "BLOCK_R": config.block_r, "RANK_BLOCKS": -(-case.R // config.block_r), "GROUP_M": config.group_m,
+        "EVEN_D": True, "HAS_DROPOUT": case.dropout,
+    }  # fmt: skip
+    return group._group_dx_kernel, signature, config
+
+
+_SOURCES = {
+    "project": _project_source,
+    "gemm": _gemm_source,
+    "token_sum": _token_sum_source,
+    "small": _small_source,
+    "group_dx": _group_dx_source,
+}
 # Arguments whose values the launcher sees as multiples of 16 in these cases; the rank only from 16 on.
 _NEVER_DIVISIBLE = {"keep_threshold", "keep_scale", "scale"}
 
@@ -158,7 +217,9 @@ def compile_case(case: Case) -> Row:
             signature[name], constexprs[(index,)] = "constexpr", value
             continue
         signature[name] = value
-        rank_sized = name in ("R", "stride_um", "stride_hm") or (name == "stride_qd" and case.backward)
+        rank_sized = name in ("R", "stride_um", "stride_hm", "stride_an") or (
+            name == "stride_qd" and case.backward
+        )
         if name not in _NEVER_DIVISIBLE and not (rank_sized and case.R % 16):
             attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attrs)

@@ -7,6 +7,7 @@ the fastest has not been measured on a GPU yet.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 # Shared memory one program may use, in bytes (CUDA C++ Programming Guide, "Technical Specifications per
@@ -21,9 +22,13 @@ SHARED_MEMORY = {
 }
 MIN_CAPABILITY = 80
 MAX_RANK = 256
+# Branches that one launch of group_dx sums.
+MAX_BRANCHES = 4
 
 # Tensor-core tiles have at least 16 rows and columns, so smaller ranks are padded with zeros in registers.
 _MIN_BLOCK = 16
+# Tokens up to which one launch makes h and y: one tile of rows, so that W is read once.
+SMALL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,50 @@ class TokenSumConfig:
         return self.num_stages * self.block_m * (self.block_d + self.block_r) * itemsize
 
 
+@dataclass(frozen=True)
+class SmallConfig:
+    """A program of small makes ``block_n`` columns of y for all tokens, ``block_k`` of the sum a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        main_loop = self.num_stages * self.block_k * (self.block_m + self.block_n + self.block_r) * itemsize
+        # The update comes after the loop and takes its place.
+        return max(main_loop, self.block_r * (self.block_m + self.block_n) * itemsize)
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """``programs`` walk over (``block_m``, ``block_e``) tiles of C through a ring of ``slots``."""
+
+    block_m: int
+    block_e: int
+    block_d: int
+    block_r: int
+    group_m: int
+    slots: int
+    programs: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        ring = self.slots * self.block_d * (self.block_m + self.block_e) * itemsize
+        half_of_c = self.block_m * self.block_e // 2 * itemsize
+        return ring + half_of_c + 256  # and the barriers
+
+
+Config = ProjectConfig | GemmConfig | TokenSumConfig | SmallConfig | HopperConfig
+
+
 def nearest_capability(capability: int) -> int:
     """The listed capability whose configurations run on ``capability`` (>= 80): the largest not above it."""
     return max(known for known in SHARED_MEMORY if known <= capability)
 
 
-def fits(config: ProjectConfig | GemmConfig | TokenSumConfig, capability: int, itemsize: int) -> bool:
+def fits(config: Config, capability: int, itemsize: int) -> bool:
     """Whether the configuration's tiles fit the shared memory of a GPU of this capability."""
     return config.shared_bytes(itemsize) <= SHARED_MEMORY[nearest_capability(capability)]
 
@@ -115,19 +158,31 @@ def select_project(capability: int, M: int, R: int, itemsize: int) -> ProjectCon
 def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout: bool) -> GemmConfig:
     """The configuration of gemm for C: (M, E) and rank R."""
     block_r = _rank_block(R, 64)
-    block_m = next((block for block in (16, 64) if M <= block), 128)
+    block_m = next((block for block in (16, 64) if block >= M), 128)
     # wgmma is at its best 256 columns wide; the mask of dropout needs the registers that such a tile takes.
     wide = nearest_capability(capability) in (90, 100) and block_m == 128 and E >= 512 and not dropout
     block_e = 256 if wide else 128
     num_warps = 4 if block_m * block_e <= 64 * 128 else 8
+    steps = ((64, 3), (32, 4), (32, 3), (32, 2), (16, 2))
+    if nearest_capability(capability) == 80 and block_m == 128 and R > 128:
+        steps = steps[1:]  # the longer steps spill there beside three or four rank blocks
     return _first_fitting(
         (
             GemmConfig(block_m, block_e, block_d, block_r, 8, num_warps, num_stages)
-            for block_d, num_stages in ((64, 3), (32, 4), (32, 3), (32, 2), (16, 2))
+            for block_d, num_stages in steps
         ),
         capability,
         itemsize,
     )
+
+
+def select_group_dx(capability: int, M: int, E: int, R: int, itemsize: int, dropout: bool) -> GemmConfig:
+    """The configuration of group_dx for C: (M, E) and ranks that sum to R: gemm's, where its loops fit."""
+    config = select_gemm(capability, M, E, R, itemsize, dropout)
+    if nearest_capability(capability) == 100 and config.block_m == 64:
+        # Four loops of four warps spill there.
+        return dataclasses.replace(config, num_warps=8)
+    return config
 
 
 def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize: int) -> TokenSumConfig:
@@ -145,4 +200,26 @@ def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize
         ),
         capability,
         itemsize,
+    )
+
+
+def select_small(capability: int, sms: int, N: int, R: int, itemsize: int) -> SmallConfig:
+    """The configuration of small for y: (at most 16, N) and rank R on a GPU of ``sms`` multiprocessors."""
+    block_r = _rank_block(R)
+    # Every program reads all of x and B: the widest tile that still gives nine in ten multiprocessors one.
+    block_n = next((block for block in (64, 32) if 10 * -(-N // block) >= 9 * sms), 16)
+    return _first_fitting(
+        (
+            SmallConfig(SMALL_ROWS, block_n, block_k, block_r, 4, num_stages)
+            for block_k, num_stages in ((128, 5), (128, 4), (64, 5), (64, 4), (64, 3), (32, 3), (32, 2))
+        ),
+        capability,
+        itemsize,
+    )
+
+
+def select_hopper(sms: int, R: int) -> HopperConfig:
+    """The configuration of hopper for rank R on a GPU of ``sms`` multiprocessors, half precision."""
+    return HopperConfig(
+        block_m=128, block_e=256, block_d=64, block_r=_rank_block(R, 64), group_m=8, slots=4, programs=sms
     )

@@ -1,6 +1,6 @@
 """The dropout keep mask, regenerated wherever it is needed and never written to memory.
 
-    keep[row, column] = bits16(philox4x32(key=seed, counter=(column // 8, row, 0, 0)))[column % 8] >= p * 65536
+    keep[row, column] = bits16(philox4x32(seed, counter=(column // 8, row, 0, 0)))[column % 8] >= p * 65536
 
 One Philox call serves eight neighbouring columns with 16 bits each: a call per element would cost more
 integer work than the layer's whole matrix product. ``fastlora.reference.keep_mask`` is its oracle.

@@ -62,13 +62,16 @@ def project(
     seed: torch.Tensor | None = None,
     keep_threshold: int = 0,
     keep_scale: float = 1.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """p: (M, D), q: (D, R) -> (M, R) in p's dtype, contiguous; any strides; M, D, R > 0.
+    """p: (M, D), q: (D, R) -> (M, R) in p's dtype; any strides; M, D, R > 0.
 
-    ``seed``: int64 tensor of one element turns dropout of p on, with its threshold and scale.
+    ``seed``: int64 tensor of one element turns dropout of p on, with its threshold. ``keep_scale`` multiplies
+    the result, with or without dropout. ``out``: (M, R) of column stride 1, written and returned; None for a
+    new tensor.
     """
     (M, D), R = p.shape, q.shape[1]
-    h = torch.empty((M, R), dtype=p.dtype, device=p.device)
+    h = torch.empty((M, R), dtype=p.dtype, device=p.device) if out is None else out
     _project_kernel[(triton.cdiv(M, config.block_m),)](
         p, p.stride(0), p.stride(1),
         q, q.stride(0), q.stride(1),

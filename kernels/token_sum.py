@@ -7,6 +7,7 @@ write fp32 partial sums; a second kernel adds them in a fixed order, so the resu
 import torch
 import triton
 import triton.language as tl
+
 from fastlora.kernels.configs import TokenSumConfig
 from fastlora.kernels.dropout import keep_mask
 from fastlora.kernels.tiles import tile_dot

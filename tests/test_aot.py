@@ -16,7 +16,7 @@ ARCHS = sorted(configs.SHARED_MEMORY)
 
 @pytest.fixture(scope="session")
 def static_rows(tmp_path_factory):
-    """The rows of all architectures, compiled by two processes of their own, in which the interpreter is off."""
+    """The rows of all architectures, compiled by two processes of their own with the interpreter off."""
     folders = [tmp_path_factory.mktemp("static") for _ in range(2)]
     halves = (ARCHS[::2], ARCHS[1::2])
     workers = [
@@ -41,7 +41,7 @@ def static_rows(tmp_path_factory):
 @pytest.fixture(params=ARCHS)
 def arch_rows(request, static_rows):
     rows = [row for row in static_rows if int(row["arch"]) == request.param]
-    assert {row["kernel"] for row in rows} == {"project", "gemm", "token_sum"}
+    assert {row["kernel"] for row in rows} == {"project", "gemm", "token_sum", "small", "group_dx"}
     return rows
 
 
@@ -59,6 +59,8 @@ def test_shared_memory_is_within_the_device_and_the_estimate(arch_rows):
         "project": configs.ProjectConfig,
         "gemm": configs.GemmConfig,
         "token_sum": configs.TokenSumConfig,
+        "small": configs.SmallConfig,
+        "group_dx": configs.GemmConfig,
     }
     for row in arch_rows:
         used = int(row["shared_bytes"])
@@ -67,7 +69,9 @@ def test_shared_memory_is_within_the_device_and_the_estimate(arch_rows):
         # The predicate that select() trusts is a bound: a wider adapter's tile passes through shared memory
         # too, and so does the mask of dropout; a few barriers come on top.
         config = classes[row["kernel"]](**fields)
-        extra = 1024 + (config.shared_bytes(2) // 2 if row["adapter"] == "fp32" or row["dropout"] == "True" else 0)
+        extra = 1024 + (
+            config.shared_bytes(2) // 2 if row["adapter"] == "fp32" or row["dropout"] == "True" else 0
+        )
         assert used <= config.shared_bytes(2) + extra, describe(row)
 
 
@@ -96,7 +100,7 @@ def test_a_large_gemm_tile(static_rows, arch):
     tiles = [
         (int(fields["block_m"]), int(fields["block_e"]))
         for row in static_rows
-        if row["kernel"] == "gemm" and int(row["arch"]) == arch and row["rows"] == "8192"
+        if row["kernel"] in ("gemm", "group_dx") and int(row["arch"]) == arch and row["rows"] == "8192"
         for fields in [dict(part.split("=") for part in row["config"].split())]
     ]
     assert tiles
@@ -119,5 +123,10 @@ def test_every_selectable_configuration_is_compiled(static_rows):
                     ("project", configs.select_project(arch, M, R, 2)),
                     ("gemm", configs.select_gemm(arch, M, 4096, R, 2, dropout=False)),
                     ("token_sum", configs.select_token_sum(arch, 108, M, 4096, R, 2)),
+                    ("group_dx", configs.select_group_dx(arch, M, 4096, R, 2, dropout=False)),
                 ):
                     assert key(arch, kernel, text(config)) in compiled, f"sm_{arch} {kernel} {config}"
+        for N in (1, 1024, 2048, 4096, 5000, 14336, 10**6):
+            for R in (1, 16, 17, 33, 65, 129, 256):
+                config = configs.select_small(arch, 132, N, R, 2)
+                assert key(arch, "small", text(config)) in compiled, f"sm_{arch} small {config}"

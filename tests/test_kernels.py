@@ -1,4 +1,4 @@
-"""Each kernel against float64, with every layout, odd sizes and padded ranks: in the interpreter or on a GPU."""
+"""Each kernel against float64, with every layout, odd sizes and padded ranks: interpreted or on a GPU."""
 
 from types import SimpleNamespace
 
