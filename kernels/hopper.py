@@ -1,0 +1,256 @@
+"""gemm with rank-R update for Hopper (sm_90a), in Gluon: C = s * (U @ V) + P @ Q + bias.
+
+P: (M, D), U: (M, R), C: (M, E); Q and V are read as they lie in memory, for the forward pass (y = x @ W.T
++ ...) as W: (E, D) and A: (E, R), for the backward pass (dx = dy @ W + ...) as W: (D, E) and B: (R, E).
+
+One program a multiprocessor walks over tiles of C. A producer warp fills a ring of shared-memory slots by
+TMA; two warpgroups, 64 rows of the tile each, multiply straight out of the slots. The tiles of U and V travel
+in the same slots as those of P and Q, ahead of them: the accumulator starts from the update, is scaled in
+registers, and the main loop goes on. TMA fills what lies outside a matrix with zeros, so no loop has a mask,
+and only BLOCK_R columns of a slot enter the update. C leaves in two halves through one buffer, by TMA stores
+that overlap the next tile's main loop.
+
+    ready[slot]   full:  the producer's expected bytes have arrived     (waited for by the consumers)
+    empty[slot]   free:  the product that read the slot has finished    (waited for by the producer)
+
+Nothing here has run on a GPU yet: it compiles (benchmarks/static.py) and its schedule and arithmetic are
+emulated (tests/test_hopper.py), so the planner takes it only if it is asked to (FASTLORA_HOPPER=1).
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fastlora.kernels.configs import HopperConfig
+
+# Gluon renamed these two between triton 3.8 and 3.9.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+NUM_WARPS = 8  # the two warpgroups that multiply
+# TMA reads and writes rows that begin at multiples of 16 bytes.
+TMA_ALIGNMENT = 16
+
+
+@gluon.jit
+def _grouped_tile(number, tiles_m, tiles_e, GROUP_M: gl.constexpr):
+    """The tile (m, e) of a number, GROUP_M rows of tiles at a time, as in fastlora.kernels.tiles."""
+    tiles_in_group = GROUP_M * tiles_e
+    first_m = (number // tiles_in_group) * GROUP_M
+    rows_in_group = gl.minimum(tiles_m - first_m, GROUP_M)
+    place = number % tiles_in_group
+    return first_m + place % rows_in_group, place // rows_in_group
+
+
+@gluon.jit
+def _next(slot, phase, SLOTS: gl.constexpr):
+    """The slot after this one, and the parity of its barriers: it flips once round the ring."""
+    last = slot == SLOTS - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _fill(p_desc, q_desc, m, e, d, slot, phase, p_ring, q_ring, ready, empty, Q_BY_ROWS: gl.constexpr):
+    """Load columns d... of rows m... of P and the matching tile of Q into a slot, once it is free."""
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    full = ready.index(slot)
+    mbarrier.expect(full, p_desc.block_type.nbytes + q_desc.block_type.nbytes)
+    async_load(p_desc, [m, d], full, p_ring.index(slot))
+    if Q_BY_ROWS:
+        async_load(q_desc, [d, e], full, q_ring.index(slot))
+    else:
+        async_load(q_desc, [e, d], full, q_ring.index(slot))
+
+
+@gluon.jit
+def _producer(
+    p_desc, q_desc, u_desc, v_desc, p_ring, q_ring, ready, empty, M, D, E,
+    BLOCK_M: gl.constexpr, BLOCK_E: gl.constexpr, BLOCK_D: gl.constexpr,
+    RANK_STEPS: gl.constexpr, GROUP_M: gl.constexpr, SLOTS: gl.constexpr, Q_BY_ROWS: gl.constexpr,
+):  # fmt: skip
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_e = gl.cdiv(E, BLOCK_E)
+    slot = 0
+    phase = 0
+    for number in range(gl.program_id(0), tiles_m * tiles_e, gl.num_programs(0)):
+        tile_m, tile_e = _grouped_tile(number, tiles_m, tiles_e, GROUP_M)
+        m = tile_m * BLOCK_M
+        e = tile_e * BLOCK_E
+        for step in range(RANK_STEPS):
+            _fill(u_desc, v_desc, m, e, step * BLOCK_D, slot, phase, p_ring, q_ring, ready, empty, Q_BY_ROWS)
+            slot, phase = _next(slot, phase, SLOTS)
+        for d in range(0, D, BLOCK_D):
+            _fill(p_desc, q_desc, m, e, d, slot, phase, p_ring, q_ring, ready, empty, Q_BY_ROWS)
+            slot, phase = _next(slot, phase, SLOTS)
+
+
+@gluon.jit
+def _operands(slot, p_ring, q_ring, DEPTH: gl.constexpr, Q_BY_ROWS: gl.constexpr):
+    """The first DEPTH of a slot's summed columns: (BLOCK_M, DEPTH) and (DEPTH, BLOCK_E), no data moved."""
+    p = p_ring.index(slot).slice(0, DEPTH, dim=1)
+    if Q_BY_ROWS:
+        q = q_ring.index(slot).slice(0, DEPTH, dim=0)
+    else:
+        q = q_ring.index(slot).slice(0, DEPTH, dim=1).permute((1, 0))
+    return p, q
+
+
+@gluon.jit
+def _store_half(c_desc, c_buffer, c, m, e):
+    """Write half a tile of C: the buffer is reused once the store before has read it."""
+    tma.store_wait(0)
+    c_buffer.store(c)
+    fence_async_shared()
+    async_store(c_desc, [m, e], c_buffer)
+
+
+@gluon.jit
+def _consumer(
+    c_desc, c_buffer, bias_ptr, p_ring, q_ring, ready, empty, scale, M, D, E,
+    BLOCK_M: gl.constexpr, BLOCK_E: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr,
+    RANK_STEPS: gl.constexpr, GROUP_M: gl.constexpr, SLOTS: gl.constexpr, Q_BY_ROWS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, ACC_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    HALF_E: gl.constexpr = BLOCK_E // 2
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_e = gl.cdiv(E, BLOCK_E)
+    slot = 0
+    phase = 0
+    for number in range(gl.program_id(0), tiles_m * tiles_e, gl.num_programs(0)):
+        tile_m, tile_e = _grouped_tile(number, tiles_m, tiles_e, GROUP_M)
+        acc = gl.zeros((BLOCK_M, BLOCK_E), gl.float32, ACC_LAYOUT)
+        for _ in range(RANK_STEPS):
+            mbarrier.wait(ready.index(slot), phase)
+            u, v = _operands(slot, p_ring, q_ring, BLOCK_R, Q_BY_ROWS)
+            acc = warpgroup_mma(u, v, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot, phase = _next(slot, phase, SLOTS)
+        acc = acc * scale
+
+        previous = slot
+        for d in range(0, D, BLOCK_D):
+            mbarrier.wait(ready.index(slot), phase)
+            p, q = _operands(slot, p_ring, q_ring, BLOCK_D, Q_BY_ROWS)
+            acc = warpgroup_mma(p, q, acc, is_async=True)
+            # All but this product have finished, so the slot before it is free.
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index(previous), count=1, pred=d > 0)
+            previous = slot
+            slot, phase = _next(slot, phase, SLOTS)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(previous), count=1)
+
+        if HAS_BIAS:
+            offs_e = tile_e * BLOCK_E + gl.arange(0, BLOCK_E, gl.SliceLayout(0, ACC_LAYOUT))
+            bias = gl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0)
+            acc = acc + gl.expand_dims(bias.to(gl.float32), 0)
+        c = acc.to(c_desc.dtype)
+        left, right = gl.split(gl.permute(gl.reshape(c, (BLOCK_M, 2, HALF_E)), (0, 2, 1)))
+        _store_half(c_desc, c_buffer, left, tile_m * BLOCK_M, tile_e * BLOCK_E)
+        _store_half(c_desc, c_buffer, right, tile_m * BLOCK_M, tile_e * BLOCK_E + HALF_E)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _hopper_kernel(
+    p_desc, q_desc, u_desc, v_desc, c_desc, bias_ptr, scale, M, D, E,
+    BLOCK_R: gl.constexpr, RANK_STEPS: gl.constexpr, GROUP_M: gl.constexpr, SLOTS: gl.constexpr,
+    Q_BY_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = p_desc.block_type.shape[0]
+    BLOCK_D: gl.constexpr = p_desc.block_type.shape[1]
+    BLOCK_E: gl.constexpr = 2 * c_desc.block_type.shape[1]
+    ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_E, 16])
+    p_ring = gl.allocate_shared_memory(p_desc.dtype, [SLOTS] + p_desc.block_type.shape, p_desc.layout)  # noqa: RUF005
+    q_ring = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)  # noqa: RUF005
+    c_buffer = gl.allocate_shared_memory(c_desc.dtype, c_desc.block_type.shape, c_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                c_desc, c_buffer, bias_ptr, p_ring, q_ring, ready, empty, scale, M, D, E,
+                BLOCK_M, BLOCK_E, BLOCK_D, BLOCK_R, RANK_STEPS, GROUP_M, SLOTS, Q_BY_ROWS,
+                HAS_BIAS, ACC_LAYOUT,
+            )),
+            (_producer, (
+                p_desc, q_desc, u_desc, v_desc, p_ring, q_ring, ready, empty, M, D, E,
+                BLOCK_M, BLOCK_E, BLOCK_D, RANK_STEPS, GROUP_M, SLOTS, Q_BY_ROWS,
+            )),
+        ],
+        [1],  # warps of the producer
+        [24],  # and its registers, the fewest that there are: the accumulator gets the others
+    )  # fmt: skip
+
+
+def blocks(config: HopperConfig, q_by_rows: bool) -> dict[str, list[int]]:
+    """The shape of the tile that each descriptor reads or writes."""
+    rows = [config.block_m, config.block_d]
+    columns = [config.block_d, config.block_e] if q_by_rows else [config.block_e, config.block_d]
+    half = [config.block_m, config.block_e // 2]
+    return {"p_desc": rows, "q_desc": columns, "u_desc": rows, "v_desc": columns, "c_desc": half}
+
+
+def why_not(*matrices: torch.Tensor) -> str | None:
+    """Why TMA cannot read these matrices as they lie, None where it can."""
+    for matrix in matrices:
+        if matrix.dtype not in (torch.float16, torch.bfloat16) or matrix.dtype != matrices[0].dtype:
+            return f"TMA ring: {', '.join(str(m.dtype) for m in matrices)}, expected one half-precision dtype"
+        step = matrix.stride(0) * matrix.element_size()
+        if matrix.stride(1) != 1 or step % TMA_ALIGNMENT or matrix.data_ptr() % TMA_ALIGNMENT:
+            return (
+                f"TMA ring: shape {tuple(matrix.shape)}, strides {matrix.stride()}: rows must be contiguous "
+                f"and begin at multiples of {TMA_ALIGNMENT} bytes"
+            )
+    return None
+
+
+def _descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
+    return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+
+
+def gemm(
+    p: torch.Tensor,
+    q: torch.Tensor,
+    u: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    config: HopperConfig,
+    bias: torch.Tensor | None = None,
+    q_by_rows: bool = False,
+) -> torch.Tensor:
+    """p: (M, D), u: (M, R), bias: (E,) -> (M, E) in p's dtype, contiguous.
+
+    q: (E, D) and v: (E, R), or (D, E) and (R, E) if ``q_by_rows``; all for which :func:`why_not` is None,
+    with M, D, E, R > 0 and E a multiple of 8; bias contiguous.
+    """
+    (M, D), R = p.shape, u.shape[1]
+    E = q.shape[1] if q_by_rows else q.shape[0]
+    c = torch.empty((M, E), dtype=p.dtype, device=p.device)
+    block = blocks(config, q_by_rows)
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(E, config.block_e)
+    _hopper_kernel[(min(config.programs, tiles),)](
+        _descriptor(p, block["p_desc"]),
+        _descriptor(q, block["q_desc"]),
+        _descriptor(u, block["u_desc"]),
+        _descriptor(v, block["v_desc"]),
+        _descriptor(c, block["c_desc"]),
+        bias, scale, M, D, E,
+        BLOCK_R=config.block_r, RANK_STEPS=triton.cdiv(R, config.block_d), GROUP_M=config.group_m,
+        SLOTS=config.slots, Q_BY_ROWS=q_by_rows, HAS_BIAS=bias is not None, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return c
