@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.function import check_dropout, lora_linear
+from fastlora.function import _autocast_on, check_dropout, lora_linear
 
+_OWN_ATTRIBUTES = ("rank", "alpha", "dropout", "adapter_enabled", "_merged_alpha", "_weight_shared_with")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOK_DICTS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -31,6 +33,13 @@ def _keep_fast_path_off(module: nn.Module, inputs: tuple) -> None:
     """
 
 
+def _copy_attributes(source: nn.Module, target: nn.Module) -> None:
+    """Hand on what others have put on a module, such as a library's own marks."""
+    for name, value in vars(source).items():
+        if name not in vars(target) and name not in _OWN_ATTRIBUTES:
+            vars(target)[name] = value
+
+
 def _check_rank(rank: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an integer, got {rank!r}")
@@ -46,17 +55,33 @@ def _check_alpha(alpha: float) -> None:
 
 
 def _check_adapter_dtype(dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point:
-        raise ValueError(f"adapters must be floating-point, got {dtype}; give adapter_dtype")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"adapter_dtype must be a torch.dtype, got {dtype!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"adapters must be floating-point of 16, 32 or 64 bits, got {dtype}; give adapter_dtype"
+        )
+
+
+def _why_unusable(linear: nn.Linear) -> str | None:
+    """What an adapted layer would ignore or cannot read of an ``nn.Linear``, None if nothing."""
+    if "forward" in vars(linear):
+        return "its forward is replaced, which the adapted layer would ignore"
+    extra = [*(linear._parameters.keys() - {"weight", "bias"}), *linear._buffers, *linear._modules]
+    if extra or not isinstance(linear.weight, nn.Parameter):
+        return f"its weight is computed from {', '.join(sorted(extra)) or 'another tensor'}"
+    if linear.weight.dtype not in _DTYPES:
+        return f"its weight is {linear.weight.dtype}, expected a floating-point dtype of 16, 32 or 64 bits"
+    return None
 
 
 class FusedLoRALinear(nn.Linear):
     """y = x @ weight.T + alpha * (drop(x) @ B.T) @ A.T + bias with ``weight`` and ``bias`` frozen.
 
     Parameters: ``weight`` (out_features, in_features) and ``bias`` (out_features,) as in ``nn.Linear``, ``A``
-    (out_features, rank), zero at start, and ``B`` (rank, in_features), kaiming-uniform. ``alpha`` is the plain
-    multiplier, PEFT's ``lora_alpha / r``; it and ``dropout`` may be changed at any time. Dropout acts in
-    training mode only.
+    (out_features, rank), zero at start, and ``B`` (rank, in_features), kaiming-uniform. ``alpha`` is the
+    plain multiplier, PEFT's ``lora_alpha / r``; it and ``dropout`` may be changed at any time. Dropout acts
+    in training mode only.
 
     Args:
         in_features: K. out_features: N. rank: R, at least 1.
@@ -99,7 +124,7 @@ class FusedLoRALinear(nn.Linear):
         self.dropout = float(dropout)
         self.adapter_enabled = True
         self._merged_alpha: float | None = None
-        # Names of other modules that hold this weight too, as far as apply_lora saw; merge() must not touch it.
+        # Other holders of this weight, as far as apply_lora saw; merge() must not touch it then.
         self._weight_shared_with: tuple[str, ...] = ()
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -121,21 +146,21 @@ class FusedLoRALinear(nn.Linear):
     ) -> FusedLoRALinear:
         """An adapted layer around an existing one; shares its weight and bias (no copy) and freezes them.
 
-        The layer takes over the linear's training mode and hooks.
+        The layer takes over the linear's training mode, hooks and extra attributes.
 
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear`` (a subclass may compute something else, or
                 its parent may never call it, as with ``MultiheadAttention.out_proj``).
-            ValueError: a replaced ``forward``, or arguments that the constructor refuses.
+            ValueError: a replaced ``forward``, a weight that is computed from other tensors or is no
+                floating-point one, or arguments that the constructor refuses.
         """
         if isinstance(linear, FusedLoRALinear):
             raise ValueError(f"from_linear: the layer has an adapter already: {linear}")
         if type(linear) is not nn.Linear:
             raise TypeError(f"from_linear: expected exactly torch.nn.Linear, got {type(linear).__qualname__}")
-        if "forward" in vars(linear):
-            raise ValueError(
-                f"from_linear: {linear} has a replaced forward, which the adapted layer would ignore"
-            )
+        why = _why_unusable(linear)
+        if why:
+            raise ValueError(f"from_linear: cannot adapt {linear}: {why}")
         _check_rank(rank)
         _check_alpha(alpha)
         check_dropout(dropout)
@@ -150,26 +175,80 @@ class FusedLoRALinear(nn.Linear):
                 setattr(layer, name, getattr(linear, name))
         layer._is_full_backward_hook = linear._is_full_backward_hook
         layer.training = linear.training
+        _copy_attributes(linear, layer)
         layer._add_adapter(rank, alpha, dropout, adapter_dtype)
         return layer
 
     def reset_parameters(self) -> None:
-        """Weight and bias as ``nn.Linear`` initialises them, and the adapter."""
+        """Weight and bias as ``nn.Linear`` initialises them, and the adapter; ValueError if merged."""
+        adapted = "A" in self._parameters  # nn.Linear.__init__ calls this before the adapter exists.
+        if adapted:
+            self._check_unmerged("reset_parameters")
         super().reset_parameters()
-        if "A" in self._parameters:  # nn.Linear.__init__ calls this before the adapter exists.
+        if adapted:
             self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """A zeros, so that training starts from the frozen layer; B kaiming_uniform with a = sqrt(5)."""
+        """A zeros, so that training starts from the frozen layer; B kaiming_uniform with a = sqrt(5).
+
+        Raises:
+            ValueError: merged, as unmerge() could no longer take the update out of weight.
+        """
+        self._check_unmerged("reset_lora_parameters")
         nn.init.zeros_(self.A)
         nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features) -> (..., out_features); see :func:`fastlora.lora_linear` for errors."""
+    def _check_unmerged(self, method: str) -> None:
+        if self.merged:
+            raise ValueError(f"{method}: the layer is merged: call unmerge() first")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (..., in_features) -> (..., out_features); see :func:`fastlora.lora_linear` for errors.
+
+        The argument has the name that ``nn.Linear`` gives it, for callers that use it.
+        """
         if not self.adapter_enabled or self._merged_alpha is not None:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias)
+        call = getattr(input, "_fastlora_call", None)  # see fastlora.group
+        if call is not None:
+            y = call.output_of(self, input)
+            if y is not None:
+                return y
         dropout = self.dropout if self.training else 0.0
-        return lora_linear(x, self.weight, self.A, self.B, self.alpha, self.bias, dropout)
+        return lora_linear(input, self.weight, self.A, self.B, self.alpha, self.bias, dropout)
+
+    def _group_branch(self, x: Tensor | None) -> tuple | str:
+        """(weight, bias, A, B, alpha, dropout) for a group that computes x, or why the layer stays single.
+
+        x None: as far as is known without it.
+        """
+        if self.merged or not self.adapter_enabled:
+            return "merged" if self.merged else "adapter disabled"
+        if (
+            any(hook is not _keep_fast_path_off for hook in self._forward_pre_hooks.values())
+            or self._forward_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or "forward" in self.__dict__
+        ):
+            return "hooks or a replaced forward on a projection"
+        tensors = (self.weight, self.bias, self.A, self.B)
+        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors if tensor is not None):
+            return "sharded or otherwise special parameters"
+        if self.weight.requires_grad:
+            return "a base weight that is trained"
+        if x is not None and not self._fits(x):
+            return "another shape, dtype or device"
+        return *tensors, self.alpha, self.dropout if self.training else 0.0
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether lora_linear would take x; where not, each layer raises its own error."""
+        return (
+            x.shape[-1] == self.in_features
+            and x.device == self.weight.device == self.A.device == self.B.device
+            and (x.dtype == self.weight.dtype or _autocast_on(x))
+            and self.A.dtype == self.B.dtype
+        )
 
     @property
     def merged(self) -> bool:
@@ -182,6 +261,19 @@ class FusedLoRALinear(nn.Linear):
         return torch.addmm(self.weight.to(dtype), self.A.to(dtype), self.B.to(dtype), alpha=alpha).to(
             self.weight.dtype
         )
+
+    def _merged_weight(self, name: str) -> Tensor:
+        """The weight with the update; ValueError, starting with ``name``, if that is not finite."""
+        merged = self._updated_weight(self.alpha)
+        if (
+            merged.device.type != "meta"
+            and not torch.isfinite(merged).all()
+            and torch.isfinite(self.weight).all()
+        ):
+            raise ValueError(
+                f"{name}: weight + alpha * A @ B is not finite (alpha {self.alpha}, rank {self.rank})"
+            )
+        return merged
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -201,16 +293,7 @@ class FusedLoRALinear(nn.Linear):
                 f"merge: the weight {tuple(self.weight.shape)} is shared with "
                 f"{', '.join(self._weight_shared_with)}, which merging would change too"
             )
-        merged = self._updated_weight(self.alpha)
-        if (
-            merged.device.type != "meta"
-            and not torch.isfinite(merged).all()
-            and torch.isfinite(self.weight).all()
-        ):
-            raise ValueError(
-                f"merge: weight + alpha * A @ B is not finite (alpha {self.alpha}, rank {self.rank})"
-            )
-        self.weight.copy_(merged)
+        self.weight.copy_(self._merged_weight("merge"))
         self._merged_alpha = self.alpha
 
     @torch.no_grad()
@@ -225,8 +308,8 @@ class FusedLoRALinear(nn.Linear):
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` that computes the same; this layer stays as it is.
 
-        Its weight is new (a merged layer's is shared), its bias shared, its training mode and hooks this
-        layer's.
+        Its weight is new (a merged layer's is shared), its bias shared, its training mode, hooks and extra
+        attributes this layer's.
         """
         weight = (
             self.weight
@@ -241,17 +324,19 @@ class FusedLoRALinear(nn.Linear):
             for key in own:
                 hooks = hooks.copy()
                 del hooks[key]
-            setattr(linear, name, hooks)
+            if hooks:
+                setattr(linear, name, hooks)
         linear._is_full_backward_hook = self._is_full_backward_hook
         linear.training = self.training
+        _copy_attributes(self, linear)
         return linear
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self.merged:
             warnings.warn(
-                f"state_dict of the merged layer {prefix.removesuffix('.') or type(self).__name__}: its weight "
-                "contains the update, which a fresh FusedLoRALinear would add again; unmerge() first, or save "
-                "to_linear()",
+                f"state_dict of the merged layer {prefix.removesuffix('.') or type(self).__name__}: its "
+                "weight contains the update, which a fresh FusedLoRALinear would add again; unmerge() first, "
+                "or save to_linear()",
                 stacklevel=3,
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -264,4 +349,5 @@ class FusedLoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         merged = ", merged=True" if self.merged else ""
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}{merged}"
+        adapter = f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+        return f"{super().extra_repr()}, {adapter}{merged}"

@@ -1,0 +1,801 @@
+"""Adapter files in PEFT's directory format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+PEFT's ``lora_A.weight`` is our B and its ``lora_B.weight`` our A; its scaling, ``lora_alpha / r``
+(``/ sqrt(r)`` for rsLoRA), is our alpha.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.function import _any_dtensor, check_dropout
+from fastlora.linear import FusedLoRALinear
+from fastlora.surgery import (
+    ALL_LINEAR,
+    LayerSpec,
+    Selector,
+    _all_paths,
+    _check_model,
+    _inside,
+    _join,
+    _listing,
+    _require_layers,
+    _saved_tensors,
+    _shorten,
+    _uses_original,
+    adapted_layers,
+    check_adaptable,
+    check_enabled,
+    check_state,
+    check_unmerged,
+    linear_names,
+    prepare,
+    saved_modules,
+    sharded_like,
+)
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_WEIGHTS_NAME = "adapter_model.bin"
+_PREFIX = "base_model.model."
+# A module that torch.compile wraps has this in its name, which the files leave out.
+_COMPILED = "_orig_mod"
+
+# What the fields of LoraConfig that say what the adapter computes must be for a plain LoRA linear layer.
+# Of the ways to start training, those named here leave the base weights alone.
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+_SUPPORTED = (
+    "alpha_pattern",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+)
+# About the model's origin, how training started, or without effect unless a field above asks for it.
+_WITHOUT_EFFECT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+)
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+# PEFT adds these to modules_to_save by itself.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME)
+_SCRATCH = ".fastlora-"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Write the adapters and saved modules of a model in PEFT's format.
+
+    ``PeftModel.from_pretrained(base, directory)`` gives the same outputs. A merged layer's adapter is saved
+    like any other. Where layers differ in dropout, which matters in training alone, the most common one is
+    written. Interrupted at any point, the directory holds the old adapter or the new one, whole; other files
+    in it are kept. (Where the system cannot swap two directories in one step, as outside Linux, a save that
+    changes the config has a moment in which both adapters lie whole beside the directory.) Where several
+    processes hold the model, let one of them save; but sharded parameters (DTensors, as FSDP2 makes them) are
+    gathered, so there every process has to call, and writes the same.
+
+    Args:
+        model: with at least one adapted layer. directory: made if it does not exist.
+
+    Raises:
+        ValueError: no adapted layer, or the model itself is one; inside ``disable_adapter`` of a model with
+            saved modules; names that PEFT's matching could not tell apart; tensors on the meta device.
+            Nothing is written.
+        ImportError: the safetensors package is missing.
+        OSError: the files cannot be written; an adapter that was there is left as it was.
+    """
+    save = _safetensors().save
+    layers = _require_layers(model, "save_adapter")
+    if any(_uses_original(root) for root in saved_modules(model).values()):
+        raise ValueError("save_adapter: inside disable_adapter the saved modules hold original values")
+    config = _config_of(model, layers)
+    own = _file_tensors(model)
+    _check_values(own, "save_adapter")
+    tensors = {name: _whole(tensor) for name, tensor in own.items()}
+    _replace_adapter(
+        Path(os.path.realpath(directory)),
+        config=(json.dumps(config, indent=2) + "\n").encode(),
+        weights=save(tensors, metadata={"format": "pt"}),
+    )
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+    """Read an adapter that :func:`save_adapter` or PEFT wrote.
+
+    The layers that it names are adapted and the rest is frozen, as by :func:`fastlora.apply_lora`; its
+    modules to save are marked and trained. Layers that are adapted already take its values, alpha and
+    dropout: in place where the rank agrees, so that optimizers go on, else as new parameters. Otherwise
+    adapters are made in the wider of the file's and the base weight's dtype.
+
+    Args:
+        model: the base model, or one that this or another adapter was applied to.
+        directory: a local directory.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a feature that is not a plain LoRA linear layer, a target that is none, tensors missing,
+            unexpected or misshapen, layers of the model that the file does not cover, a merged layer,
+            parameters on the meta device. All are named, and the model is left as it was.
+        FileNotFoundError: the directory holds no adapter.
+        ImportError: the safetensors package is missing.
+    """
+    _check_model(model, "load_adapter")
+    config, state = _read_adapter(Path(directory))
+    check_enabled(model, "load_adapter")
+    layers = adapted_layers(model)
+    check_unmerged(layers, "load_adapter")
+    targets = _find_targets(model, config)
+    saved = _find_saved(model, config, targets)
+    _check_coverage(model, layers, targets, saved)
+    new = {path: module for path, module in targets.items() if path not in layers}
+    check_adaptable(model, new, "load_adapter")
+    _check_tensors(config, targets, saved, state)
+    own = {path: module.weight for path, module in targets.items()}
+    _check_values({**own, **_tensors_of(saved)}, "load_adapter")
+    # What may fail to be allocated, before anything changes.
+    resized = {
+        path: _empty_adapter(layer, config.rank_of(_file_path(path)))
+        for path, layer in layers.items()
+        if layer.rank != config.rank_of(_file_path(path))
+    }
+    prepare(model, {path: config.layer_spec(path, m, state) for path, m in new.items()}, saved)
+    for path, layer in adapted_layers(model).items():
+        if path in resized:
+            layer.A, layer.B = resized[path]
+        spec = config.layer_spec(path, layer, state)
+        layer.rank, layer.alpha, layer.dropout = spec.rank, spec.alpha, spec.dropout
+    with torch.no_grad():
+        for name, tensor in _file_tensors(model).items():
+            tensor.copy_(sharded_like(tensor, state[name]))
+    return model
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says of a plain LoRA adapter."""
+
+    selector: Selector
+    rank: int
+    lora_alpha: float
+    dropout: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    task_type: str | None
+
+    def rank_of(self, path: str) -> int:
+        return _first_match(self.rank_pattern, path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The plain multiplier of a layer's update."""
+        rank = self.rank_of(path)
+        lora_alpha = _first_match(self.alpha_pattern, path, self.lora_alpha)
+        return lora_alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def layer_spec(self, path: str, linear: nn.Linear, state: Mapping[str, Tensor]) -> LayerSpec:
+        """The adapter of the layer called ``path`` in the model."""
+        name = _file_path(path)
+        dtype = linear.weight.dtype
+        for part in ("lora_A", "lora_B"):
+            dtype = torch.promote_types(dtype, state[f"{_PREFIX}{name}.{part}.weight"].dtype)
+        return LayerSpec(self.rank_of(name), self.alpha_of(name), self.dropout, dtype)
+
+
+def _first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first regular expression that matches the last parts of a name."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return patterns.get(path, default)
+
+
+def _file_path(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != _COMPILED)
+
+
+def _file_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, str, nn.Module]]:
+    """Own name, name in the files and module, without the root and what torch.compile puts around a module.
+
+    once: each module under its first name alone.
+    """
+    for path, module in model.named_modules(remove_duplicate=once):
+        name = _file_path(path)
+        if name and _COMPILED not in module._modules:
+            yield path, name, module
+
+
+def _file_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Names in PEFT's file -> the model's own tensors."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in adapted_layers(model).items():
+        name = _PREFIX + _file_path(path)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = layer.B, layer.A
+    return tensors | _tensors_of(saved_modules(model))
+
+
+def _tensors_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Names in PEFT's file -> the tensors of modules to save."""
+    return {
+        _PREFIX + _file_path(_join(inner, name)): tensor
+        for path, root in saved.items()
+        for inner, module in root.named_modules(prefix=path)
+        for name, tensor in _saved_tensors(module)
+    }
+
+
+def _check_values(tensors: Mapping[str, Tensor], function: str) -> None:
+    """ValueError naming the tensors that have no values to save, or no memory to load into."""
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(f"{function}: {_listing(meta)} on the meta device; give the model its values first")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy as safetensors takes it: contiguous, of memory of its own, gathered where it is sharded."""
+    if _any_dtensor(tensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _config_of(model: nn.Module, layers: Mapping[str, FusedLoRALinear]) -> dict[str, object]:
+    """adapter_config.json of a model."""
+    if "" in map(_file_path, layers):
+        raise ValueError("save_adapter: the model itself is the adapted layer, which PEFT has no name for")
+    own = {_file_path(path): layer for path, layer in layers.items()}
+    names = [name for _, name, _ in _file_modules(model)]
+    saved = [_file_path(path) for path in saved_modules(model)]
+    _check_names(model, saved)
+    ranks = {name: layer.rank for name, layer in own.items()}
+    alphas = {name: _lora_alpha(layer) for name, layer in own.items()}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    origin = getattr(model, "name_or_path", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(model, saved),
+        "base_model_name_or_path": origin if isinstance(origin, str) and origin else None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": _target_modules(own.keys(), names, saved),
+        "lora_dropout": _most_common(layer.dropout for layer in own.values()),
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(name): a for name, a in alphas.items() if a != alpha},
+        "modules_to_save": saved or None,
+        "inference_mode": True,
+    }
+
+
+def _most_common(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _exactly(name: str) -> str:
+    """A key of rank_pattern and alpha_pattern that matches this name alone."""
+    return "^" + re.escape(name)
+
+
+def _lora_alpha(layer: FusedLoRALinear) -> float:
+    """PEFT's lora_alpha, which it divides by the rank again; a whole number where that gives the same."""
+    exact = layer.alpha * layer.rank
+    return round(exact) if round(exact) / layer.rank == layer.alpha else exact
+
+
+def _target_modules(own: Iterable[str], names: Iterable[str], saved: Iterable[str]) -> str | list[str]:
+    """The shortest of PEFT's ways to name these layers and no other module."""
+    own = sorted(own)
+    for targets in (
+        tuple(sorted({name.rpartition(".")[2] for name in own})),
+        tuple(own),
+        "|".join(map(re.escape, own)),
+    ):
+        selector = Selector(targets, modules_to_save=tuple(saved))
+        if sorted(filter(selector.covers, names)) == own:
+            return targets if isinstance(targets, str) else list(targets)
+    raise ValueError(
+        f"save_adapter: PEFT cannot adapt {_listing(own)} beside the modules to save {_listing(list(saved))}"
+    )
+
+
+def _ending_in(model: nn.Module, endings: Iterable[str]) -> set[nn.Module]:
+    """The modules that PEFT takes modules_to_save to mean: it compares the ends of names, dots or not."""
+    endings = tuple(endings)
+    return {module for _, name, module in _file_modules(model, once=False) if name.endswith(endings)}
+
+
+def _check_names(model: nn.Module, saved: Iterable[str]) -> None:
+    """ValueError if PEFT would save other modules too, a warning if it would adapt a layer in one place."""
+    meant = saved_modules(model)
+    extra = _ending_in(model, saved) - set(meant.values())
+    if extra:
+        others = [path for path, m in model.named_modules() if m in extra]
+        raise ValueError(
+            f"save_adapter: PEFT compares the ends of names and would take {_listing(others)} for one of the "
+            f"modules to save, {_listing(list(meant))}; rename one of them"
+        )
+    tied = [", ".join(names) for m, names in _all_paths(model).items() if _is_adapted(m) and len(names) > 1]
+    if tied:
+        warnings.warn(
+            f"save_adapter: one layer has the names {'; '.join(tied)}, and PEFT would adapt the first alone",
+            stacklevel=4,
+        )
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, FusedLoRALinear)
+
+
+def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
+    """PEFT's name for what a transformers model does; None where PEFT would then save other modules too."""
+    name = type(getattr(model, _COMPILED, model)).__name__
+    task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    config = getattr(model, "config", None)
+    if config is None or (task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False)):
+        return None
+    heads = _ending_in(model, (*saved, *_TASK_HEADS.get(task, ())))
+    return task if heads == set(saved_modules(model).values()) else None
+
+
+def _read_adapter(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Config and tensors that belong together, also while another process replaces them."""
+    path = directory / CONFIG_NAME
+    while True:
+        if not path.is_file():
+            raise FileNotFoundError(f"load_adapter: no {CONFIG_NAME} in {directory}")
+        # Open until the end, so that a new file cannot be taken for this one.
+        with path.open("rb") as file:
+            config, state = _parse_config(file.read(), path), _read_weights(directory)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return config, state
+
+
+def _parse_config(raw: bytes, path: Path) -> AdapterConfig:
+    try:
+        fields = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"load_adapter: {path} is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"load_adapter: {path} holds a {type(fields).__name__}, expected an object")
+    _check_features(fields)
+    try:
+        return _config_from(fields)
+    except (TypeError, ValueError, OverflowError, re.error) as error:
+        raise ValueError(f"load_adapter: {path}: {error}") from error
+
+
+def _check_features(fields: Mapping[str, object]) -> None:
+    """ValueError naming every field that asks for more than plain LoRA linear layers."""
+    bad = [
+        f"{name}={fields.get(name)!r} (expected {' or '.join(map(repr, accepted))})"
+        for name, accepted in _PLAIN.items()
+        if fields.get(name) not in accepted
+    ]
+    bad += [f"{name}={fields[name]!r}" for name in _UNSUPPORTED if fields.get(name)]
+    if bad:
+        raise ValueError(f"load_adapter: not supported: {', '.join(bad)}")
+    known = {*_PLAIN, *_UNSUPPORTED, *_SUPPORTED, *_WITHOUT_EFFECT}
+    unknown = [f"{name}={value!r}" for name, value in fields.items() if name not in known and value]
+    if unknown:
+        warnings.warn(f"load_adapter: unknown fields are ignored: {', '.join(unknown)}", stacklevel=5)
+
+
+def _config_from(fields: Mapping[str, object]) -> AdapterConfig:
+    """The fields with PEFT's defaults for missing ones; ValueError or TypeError for values of other kinds."""
+    targets = _strings(fields, "target_modules", expression=True)
+    if not targets:
+        raise ValueError(f"target_modules={fields.get('target_modules')!r}, expected names")
+    layers = fields.get("layers_to_transform")
+    layers = (layers,) if isinstance(layers, int) else tuple(layers or ())
+    patterns = fields.get("layers_pattern")
+    patterns = (patterns,) if isinstance(patterns, str) else _strings(fields, "layers_pattern")
+    if isinstance(targets, str) and (layers or patterns):
+        raise ValueError("layers_to_transform and layers_pattern need a list of target_modules")
+    selector = Selector(
+        target_modules=targets,
+        exclude_modules=_strings(fields, "exclude_modules", expression=True),
+        modules_to_save=_strings(fields, "modules_to_save"),
+        layers_to_transform=tuple(_integer(layer, "layers_to_transform", 0) for layer in layers),
+        layers_pattern=tuple(pattern for pattern in patterns if pattern),
+    )
+    rank_pattern, alpha_pattern = _pattern(fields, "rank_pattern"), _pattern(fields, "alpha_pattern")
+    config = AdapterConfig(
+        selector=selector,
+        rank=_integer(fields.get("r", 8), "r", 1),
+        lora_alpha=_number(fields.get("lora_alpha", 8), "lora_alpha"),
+        dropout=_number(fields.get("lora_dropout") or 0.0, "lora_dropout"),
+        rslora=bool(fields.get("use_rslora")),
+        rank_pattern={key: _integer(r, "rank_pattern", 1) for key, r in rank_pattern.items()},
+        alpha_pattern={key: _number(a, "alpha_pattern") for key, a in alpha_pattern.items()},
+        task_type=fields.get("task_type"),
+    )
+    check_dropout(config.dropout)
+    for expression in (*rank_pattern, *alpha_pattern, *patterns, *selector.modules_to_save):
+        re.compile(rf"(.*\.)?({expression})$")  # In the midst of another, as they are used.
+    for names in (selector.target_modules, selector.exclude_modules):
+        if isinstance(names, str):
+            re.compile(names)
+    return config
+
+
+def _strings(fields: Mapping[str, object], name: str, expression: bool = False) -> str | tuple[str, ...]:
+    value = fields.get(name) or ()
+    if expression and isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{name}={value!r}, expected a list of names")
+    return tuple(value)
+
+
+def _pattern(fields: Mapping[str, object], name: str) -> Mapping[str, object]:
+    value = fields.get(name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r}, expected an object")
+    return value
+
+
+def _integer(value: object, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: {value!r}, expected an integer of at least {least}")
+    return value
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: {value!r}, expected a finite number")
+    return float(value)
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS_NAME
+    if path.is_file():
+        safetensors = _safetensors()
+        read: Callable[[Path], object] = safetensors.load_file
+    else:
+        path = directory / PICKLED_WEIGHTS_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"load_adapter: no {WEIGHTS_NAME} or {PICKLED_WEIGHTS_NAME} in {directory}"
+            )
+        read = _load_pickled
+    try:
+        state = read(path)
+    except OSError:
+        raise
+    except Exception as error:  # Both readers have exceptions of their own for damaged files.
+        raise ValueError(f"load_adapter: {path} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"load_adapter: {path} holds a {type(state).__name__}, expected named tensors")
+    return state
+
+
+def _load_pickled(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "adapter files need the safetensors package: pip install 'fastlora-triton[peft]'"
+        ) from error
+    return safetensors.torch
+
+
+def _find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules that PEFT would adapt, under their (first) names."""
+    selector = config.selector
+    if isinstance(selector.target_modules, str) and selector.target_modules.lower() == ALL_LINEAR:
+        names = linear_names(model, exact=False, sequence_classifier=config.task_type == "SEQ_CLS")
+        selector = replace(selector, target_modules=tuple(map(_file_path, names)))
+    targets = {path: module for path, name, module in _file_modules(model) if selector.covers(name)}
+    if not targets:
+        raise ValueError(f"load_adapter: target_modules {config.selector.target_modules!r} match no module")
+    return targets
+
+
+def _find_saved(
+    model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The modules that PEFT would save, under their (first) names, none inside another."""
+    meant = _ending_in(model, config.selector.modules_to_save)
+    found = {path: module for path, _, module in _file_modules(model) if module in meant}
+    saved = {path: module for path, module in found.items() if not _inside(path, found.keys() - {path})}
+    both = [path for path in {**targets, **adapted_layers(model)} if _inside(path, saved)]
+    if both:
+        raise ValueError(f"load_adapter: {_listing(both)} cannot be both adapted and in modules_to_save")
+    return saved
+
+
+def _check_coverage(
+    model: nn.Module, layers: Mapping[str, nn.Module], targets: Mapping[str, nn.Module], saved: Iterable[str]
+) -> None:
+    """ValueError if the model has trained something that the file says nothing about."""
+    uncovered = [path for path in layers if path not in targets]
+    uncovered += [path for path in saved_modules(model) if path not in saved]
+    if uncovered:
+        raise ValueError(
+            f"load_adapter: the file does not cover {_listing(uncovered)}, adapted or saved in this model; "
+            "load it into the base model"
+        )
+
+
+def _check_tensors(
+    config: AdapterConfig,
+    targets: Mapping[str, nn.Module],
+    saved: Mapping[str, nn.Module],
+    state: Mapping[str, Tensor],
+) -> None:
+    """ValueError unless the file holds exactly the tensors of these modules."""
+    expected: dict[str, Iterable[int]] = {}
+    for path, module in targets.items():
+        name = _file_path(path)
+        rank = config.rank_of(name)
+        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, module.in_features)
+        expected[f"{_PREFIX}{name}.lora_B.weight"] = (module.out_features, rank)
+    adapters = set(expected)
+    own = _tensors_of(saved)
+    expected.update((name, tensor.shape) for name, tensor in own.items())
+    check_state(expected, state, "load_adapter")
+    wrong = []
+    for name in expected:
+        tensor = state[name]
+        if tensor.layout != torch.strided:
+            wrong.append(f"{name} is {tensor.layout}, expected a dense tensor")
+        elif name in adapters and tensor.dtype not in _ADAPTER_DTYPES:
+            wrong.append(f"{name} is {tensor.dtype}, expected a floating-point dtype")
+        elif name not in adapters and tensor.is_floating_point() != own[name].is_floating_point():
+            wrong.append(f"{name} is {tensor.dtype}, expected {own[name].dtype}")
+    if wrong:
+        raise ValueError(f"load_adapter: {_shorten(wrong)}")
+
+
+def _empty_adapter(layer: FusedLoRALinear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (N, rank) and B (rank, K), like those of a layer but for the rank."""
+    A = nn.Parameter(layer.A.new_empty(layer.out_features, rank), layer.A.requires_grad)
+    B = nn.Parameter(layer.B.new_empty(rank, layer.in_features), layer.B.requires_grad)
+    return A, B
+
+
+def _replace_adapter(directory: Path, config: bytes, weights: bytes) -> None:
+    """Put a new adapter into a directory so that at every moment it holds the old one or the new one, whole.
+
+    A directory without a config holds no adapter, so the config may come last. If the config stays the same,
+    as in a training run that saves again and again, replacing the weights replaces the adapter. These are
+    renames of finished files. Otherwise two files have to change at once: a new directory is filled, with
+    hard links to what else is in the old one, and takes its place in one step.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    old = directory / CONFIG_NAME
+    with _one_at_a_time(directory) as alone:
+        if alone:
+            _remove_scratch(directory)
+        same = old.exists() and old.read_bytes() == config
+        if old.exists() and not same:
+            _replace_directory(directory, config, weights)
+            return
+        _replace_file(directory / WEIGHTS_NAME, weights)
+        if not same:
+            _replace_file(old, config)
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[bool]:
+    """Make processes that save here take turns; False where the system has no such locks.
+
+    The lock is on the parent, because the directory itself may be replaced.
+    """
+    try:
+        descriptor = os.open(directory.parent, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _scratch(parent: Path) -> Path:
+    return parent / f"{_SCRATCH}{uuid.uuid4().hex}"
+
+
+def _remove_scratch(directory: Path) -> None:
+    """Remove what interrupted savers left: files in the directory, directories beside it."""
+    for path in directory.glob(f"{_SCRATCH}*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+    for path in directory.parent.glob(f"{_SCRATCH}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace_file(target: Path, contents: bytes) -> None:
+    scratch = _scratch(target.parent)
+    try:
+        _write(scratch, contents)
+        os.replace(scratch, target)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    _sync(target.parent)
+
+
+def _write(path: Path, contents: bytes) -> None:
+    """A file that is on the disk when this returns."""
+    path.write_bytes(contents)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's contents, or a directory's names, are on the disk."""
+    if os.name != "posix" and path.is_dir():
+        return  # Windows cannot open directories.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_directory(directory: Path, config: bytes, weights: bytes) -> None:
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+    cwd = _cwd_inside(directory)
+    scratch = old = _scratch(directory.parent)
+    os.mkdir(scratch)
+    try:
+        _write(scratch / WEIGHTS_NAME, weights)
+        _write(scratch / CONFIG_NAME, config)
+        _carry_over(directory, scratch)
+        old = _exchange(scratch, directory)
+        if cwd:
+            os.chdir(cwd)
+        _carry_over(old, directory)  # What others have put there since.
+        _sync(directory.parent)
+    finally:
+        for path in (scratch, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _cwd_inside(directory: Path) -> Path | None:
+    """The working directory if it is this one or below it."""
+    try:
+        cwd = Path.cwd()
+    except FileNotFoundError:
+        return None
+    return cwd if cwd == directory or directory in cwd.parents else None
+
+
+def _carry_over(source: Path, target: Path, top: bool = True) -> None:
+    """Give a tree's files, but those of adapters, the same names in another, where these are free."""
+    for entry in os.scandir(source):
+        name = target / entry.name
+        if top and (entry.name in _ADAPTER_FILES or entry.name.startswith(_SCRATCH)):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            name.mkdir(exist_ok=True)
+            _carry_over(Path(entry.path), name, top=False)
+        elif not os.path.lexists(name):
+            _link(entry.path, name)
+    shutil.copystat(source, target)
+    _sync(target)
+
+
+def _link(source: str, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileNotFoundError:
+        pass  # Somebody has removed it since.
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _exchange(scratch: Path, directory: Path) -> Path:
+    """Give a new directory the old one's name in one step; where the system cannot, in two renames.
+
+    Between those two the directory is missing, and both adapters lie whole beside it.
+
+    Returns:
+        The old one's new name.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        code = errno.ENOSYS
+    else:
+        failed = renameat2(_AT_FDCWD, bytes(scratch), _AT_FDCWD, bytes(directory), _RENAME_EXCHANGE)
+        code = ctypes.get_errno() if failed else 0
+    if code == 0:
+        return scratch
+    if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        raise OSError(code, os.strerror(code), str(directory))
+    aside = directory.with_name(f"{directory.name}.old-{uuid.uuid4().hex}")
+    os.rename(directory, aside)
+    try:
+        os.rename(scratch, directory)
+    except BaseException:
+        os.rename(aside, directory)
+        raise
+    return aside
