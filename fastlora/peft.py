@@ -1,0 +1,205 @@
+"""Models that PEFT has wrapped: their LoRA linear layers run the fused operator, and stay PEFT's layers.
+
+A layer is fused by changing its class to a subclass of PEFT's own, so that everything else that PEFT does
+with it, from saving to merging, is PEFT's code on PEFT's attributes. Importing this module imports no PEFT.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fastlora import surgery
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import LoraLayer
+
+    from fastlora.peft_layer import FusedLinear
+
+
+def fuse_peft(model: nn.Module) -> nn.Module:
+    """Give every plain LoRA linear layer of a PEFT model the fused forward, in place.
+
+    Plain is a layer whose class is exactly ``peft.tuners.lora.layer.Linear``. Parameters, names, adapters and
+    all that PEFT does with them stay as they are; the layer's class, a subclass of PEFT's, pickles and copies
+    with the model. Every call decides anew and runs PEFT's own forward where the fused form would not compute
+    the same: extra arguments (``adapter_names``), adapters disabled or merged, not exactly one active
+    adapter, a variant such as DoRA, ``lora_bias``, ``fan_in_fan_out``, a base layer or adapter that is not
+    exactly ``nn.Linear``, hooks or a replaced forward on them, sharded tensors, a trained base weight.
+    :func:`fastlora.summary` ends with how many layers are fused and why others are not. Layers that PEFT
+    creates later are not fused: call this again.
+
+    Dropout in training draws another mask than PEFT's from the same distribution, seeded by torch's
+    generator. Adapters in float32 on a half-precision base, PEFT's default, are rounded to the base's dtype
+    as they are read.
+
+    Args:
+        model: a ``PeftModel`` or any module with PEFT's layers in it; fused layers stay as they are.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it has no LoRA linear layer of PEFT's. The model is left as it was.
+        ImportError: PEFT is not installed.
+    """
+    _check_module(model, "fuse_peft")
+    layer_module, fused_class = _peft_layers(), _fused_class()
+    linears = [m for m in model.modules() if type(m) in (layer_module.Linear, fused_class)]
+    if not linears:
+        raise ValueError(f"fuse_peft: the model has no LoRA linear layer of PEFT's: {_what_it_has(model)}")
+    for layer in linears:
+        layer.__class__ = fused_class
+    return model
+
+
+def unfuse_peft(model: nn.Module) -> nn.Module:
+    """Undo :func:`fuse_peft`: every layer is of PEFT's own class again; nothing to do where none is fused.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_module(model, "unfuse_peft")
+    module = sys.modules.get("fastlora.peft_layer")  # imported if a fused layer exists
+    if module is not None:
+        for layer in list(model.modules()):
+            if type(layer) is module.FusedLinear:
+                layer.__class__ = module.LoraLinear
+                vars(layer).pop("_fastlora_last", None)
+    return model
+
+
+def register_fused_layers(config: LoraConfig) -> LoraConfig:
+    """Let PEFT create fused layers itself, for a model that it has not wrapped yet.
+
+    ``get_peft_model(model, register_fused_layers(LoraConfig(...)))`` equals ``fuse_peft`` of the wrapped
+    model, and layers that this configuration creates later are fused too. It goes through PEFT's
+    ``LoraConfig._register_custom_module``, which is private, experimental and not saved with the
+    configuration: prefer :func:`fuse_peft`, which a loaded model needs anyway.
+
+    Returns:
+        ``config``, changed in place.
+
+    Raises:
+        TypeError: ``config`` is not a ``peft.LoraConfig``.
+        ImportError: PEFT is not installed.
+    """
+    _peft_layers()
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"register_fused_layers: expected a peft.LoraConfig, got {type(config).__name__}")
+    # PEFT calls what it finds here, as it would call a class.
+    config._register_custom_module({nn.Linear: _create_layer})  # type: ignore[dict-item]
+    return config
+
+
+def _create_layer(
+    target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: object
+) -> FusedLinear | None:
+    """What PEFT calls for each nn.Linear and its subclasses; None leaves the layer to PEFT's own choice.
+
+    PEFT asks here before it looks for quantised layers, which it knows by the class of layer or weight.
+    """
+    layers = _peft_layers()
+    base = target.get_base_layer() if isinstance(target, layers.BaseTunerLayer) else target
+    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
+        return None
+    layer = layers.dispatch_default(target, adapter_name, config=config, **kwargs)
+    if type(layer) is layers.Linear:
+        layer.__class__ = _fused_class()
+    return layer
+
+
+def _check_module(model: nn.Module, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _peft_layers() -> ModuleType:
+    try:
+        return importlib.import_module("peft.tuners.lora.layer")
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError("PEFT is not installed: pip install 'fastlora-triton[peft]'") from error
+
+
+def _fused_class() -> type[FusedLinear]:
+    return importlib.import_module("fastlora.peft_layer").FusedLinear
+
+
+def _peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(name, layer) of every LoRA layer of PEFT's, of whatever kind; none where PEFT was never imported."""
+    module = sys.modules.get("peft.tuners.lora.layer")
+    if module is not None:
+        for name, layer in model.named_modules():
+            if isinstance(layer, module.LoraLayer):
+                yield name, layer
+
+
+def _kind(layer: LoraLayer) -> str:
+    """PEFT's name of a layer's type, such as lora.Linear."""
+    return repr(layer).partition("(")[0]
+
+
+def _what_it_has(model: nn.Module) -> str:
+    kinds = Counter(_kind(layer) for _, layer in _peft_lora_layers(model))
+    if kinds:
+        return "its LoRA layers are " + ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+    if surgery.adapted_layers(model):
+        return "its adapted layers are fastlora's own, which are fused already"
+    return f"wrap it by peft.get_peft_model first; {surgery._available(model)}"
+
+
+def _why_not(layer: LoraLayer) -> str:
+    """Why a layer runs PEFT's own forward, "" if it is fused: as it is now, else as its last call found."""
+    module = sys.modules.get("fastlora.peft_layer")
+    if module is None or not isinstance(layer, module.FusedLinear):
+        if type(layer) is _peft_layers().Linear:
+            return "not fused by fuse_peft"
+        return f"{_kind(layer)} is not PEFT's plain linear layer"
+    if layer._fastlora_last is None and "forward" in vars(layer):
+        return "the layer's own forward is replaced"
+    found = module.find_operands(layer)
+    return found if isinstance(found, str) else layer._fastlora_last or ""
+
+
+def _describe(model: nn.Module) -> surgery.SummaryPart | None:
+    """The rows of PEFT's LoRA layers and, as the last line, how many are fused and why others are not."""
+    rows, reasons, fused = [], [], 0
+    fallbacks: Counter[str] = Counter()
+    for name, layer in _peft_lora_layers(model):
+        why = _why_not(layer)
+        ranks = [layer.r[a] for a in layer.active_adapters if a in layer.r]
+        if why:
+            path, reason = "PEFT", ""
+            fallbacks[why] += 1
+        else:
+            operands = sys.modules["fastlora.peft_layer"].find_operands(layer)
+            path, reason = surgery.planned_path(operands.weight, ranks[0], operands.dropout > 0.0)
+            fused += 1
+        shape = f"{layer.out_features} x {layer.in_features}"
+        rows.append((name, shape, ", ".join(map(str, ranks)) or "-", path))
+        if reason:
+            reasons.append(f"{path}: {reason}")
+    if not rows:
+        return None
+    closing = f"fused {fused}, fell back {fallbacks.total()}"
+    if fallbacks:
+        closing += ": " + "; ".join(f"{why} ({count})" for why, count in fallbacks.items())
+    return surgery.SummaryPart(rows, reasons, closing)
+
+
+surgery.summary_parts.append(_describe)
