@@ -7,10 +7,40 @@ package loads no Triton and asks no device.
 """
 
 from fastlora import reference
-from fastlora.function import lora_linear
+from fastlora.adapters import load_adapter, save_adapter
+from fastlora.function import lora_linear, plan
+from fastlora.group import group_projections, lora_linear_group, ungroup_projections
 from fastlora.linear import FusedLoRALinear
-from fastlora.planner import plan, use_path
+from fastlora.peft import fuse_peft, unfuse_peft
+from fastlora.planner import use_path
+from fastlora.surgery import (
+    adapter_state_dict,
+    apply_lora,
+    disable_adapter,
+    load_adapter_state_dict,
+    merge_lora,
+    summary,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["FusedLoRALinear", "lora_linear", "plan", "reference", "use_path"]
+__all__ = [
+    "FusedLoRALinear",
+    "adapter_state_dict",
+    "apply_lora",
+    "disable_adapter",
+    "fuse_peft",
+    "group_projections",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "lora_linear",
+    "lora_linear_group",
+    "merge_lora",
+    "plan",
+    "reference",
+    "save_adapter",
+    "summary",
+    "unfuse_peft",
+    "ungroup_projections",
+    "use_path",
+]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora import ops, reference
-from fastlora.planner import current_mode
+from fastlora.planner import Plan, Problem, current_mode, describe, make_plan
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -77,8 +77,8 @@ _apply_in_c = super(torch.autograd.Function, _LoRALinear).apply
 
 
 def _apply(*arguments):
-    """Apply the function; compiled code and functorch's transforms need the whole of ``Function.apply``."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Apply the function; compiled code needs the whole of ``Function.apply``."""
+    if torch.compiler.is_compiling():
         return _LoRALinear.apply(*arguments)
     return _apply_in_c(*arguments)
 
@@ -96,9 +96,17 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _any_dtensor(*tensors: Tensor) -> bool:
-    """Whether one of the tensors is a DTensor; importing that class takes a second, so it is only looked up."""
+    """Whether one of the tensors is a DTensor; importing that class takes a second: it is only looked up."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
+def _shared_seed(x: Tensor) -> Tensor:
+    """A dropout seed that all ranks of a DTensor's mesh agree on, however their generators stand."""
+    seed = reference.new_seed(x.device)
+    for group in x.device_mesh.get_all_groups() if hasattr(x, "device_mesh") else ():
+        torch.distributed.broadcast(seed, group=group, group_src=0)
+    return seed
 
 
 def check_dropout(dropout: float) -> None:
@@ -109,11 +117,16 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout must be in [0, 1], got {dropout}")
 
 
+def _autocast_on(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; the meta device has none, and PyTorch raises when asked."""
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the layer computes in: autocast's where it is on and x can be cast, else x's."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return torch.get_autocast_dtype(kind)
+    if _autocast_on(x) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
@@ -127,7 +140,7 @@ def _is_regular(
     dropout: float,
     seed: Tensor | None,
 ) -> bool:
-    """Whether the arguments are the common case, free of any fault; the few look-ups a small call can afford."""
+    """Whether the arguments are the common case, free of faults; as few look-ups as a small call affords."""
     N, K = weight.shape
     R = B.shape[0]
     device, dtype = x.device, x.dtype
@@ -138,7 +151,8 @@ def _is_regular(
         and R > 0
         and dtype.is_floating_point
         and weight.dtype == dtype
-        and A.dtype == B.dtype == dtype
+        and A.dtype == B.dtype
+        and A.dtype.is_floating_point
         and weight.device == device
         and A.device == device
         and B.device == device
@@ -146,7 +160,8 @@ def _is_regular(
         and not (weight.requires_grad and torch.is_grad_enabled())
         and type(alpha) is float
         and alpha - alpha == 0.0  # finite
-        and dropout == 0.0
+        and type(dropout) is float
+        and 0.0 <= dropout <= 1.0
         and seed is None
     )
 
@@ -165,7 +180,10 @@ def check_arguments(
     for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias), ("seed", seed)):
         if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "seed")):
             raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
-    given = _describe(x=x, weight=weight, A=A, B=B, bias=bias)
+
+    def given() -> str:  # only for an error: compiled code cannot trace it
+        return _describe(x=x, weight=weight, A=A, B=B, bias=bias)
+
     if not (
         weight.dim() == A.dim() == B.dim() == 2
         and x.dim() >= 1
@@ -175,21 +193,21 @@ def check_arguments(
         and (bias is None or bias.shape == weight.shape[:1])
     ):
         raise ValueError(
-            f"lora_linear: shapes do not match: {given}; "
+            f"lora_linear: shapes do not match: {given()}; "
             "expected x (..., K), weight (N, K), A (N, R), B (R, K), bias (N,)"
         )
     if B.shape[0] < 1:
-        raise ValueError(f"lora_linear: the rank must be at least 1, got {given}")
+        raise ValueError(f"lora_linear: the rank must be at least 1, got {given()}")
     if not (x.is_floating_point() and weight.is_floating_point() and A.is_floating_point()):
-        raise ValueError(f"lora_linear: expected floating-point tensors, got {given}")
+        raise ValueError(f"lora_linear: expected floating-point tensors, got {given()}")
     if (
         A.dtype != B.dtype
         or (bias is not None and bias.dtype != weight.dtype)
-        or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type))
+        or (x.dtype != weight.dtype and not _autocast_on(x))
     ):
         raise ValueError(
-            f"lora_linear: dtypes do not match: {given}; expected one dtype for x, weight and bias (autocast "
-            "apart) and one for A and B"
+            f"lora_linear: dtypes do not match: {given()}; expected one dtype for x, weight and bias "
+            "(autocast apart) and one for A and B"
         )
     device = x.device
     if not (weight.device == A.device == B.device == device and (bias is None or bias.device == device)):
@@ -200,8 +218,9 @@ def check_arguments(
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"lora_linear: weight {tuple(weight.shape)} requires a gradient, but it is frozen in a LoRA layer: "
-            "only x, A, B and bias get gradients. Call weight.requires_grad_(False), or train it with nn.Linear"
+            f"lora_linear: weight {tuple(weight.shape)} requires a gradient, but it is frozen in a LoRA "
+            "layer: only x, A, B and bias get gradients. Call weight.requires_grad_(False), or train it with "
+            "nn.Linear"
         )
     if not isinstance(alpha, numbers.Real):
         raise TypeError(f"lora_linear: alpha must be a number, got {type(alpha).__name__}")
@@ -260,7 +279,7 @@ def lora_linear(
         regular = False
     if not regular:  # unusual or wrong
         check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast_on(x):
         dtype = compute_dtype(x)
         # Casting here, outside the function, gives every gradient its tensor's own dtype.
         x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
@@ -268,6 +287,11 @@ def lora_linear(
     types = {type(x), type(weight), type(A), type(B)}
     if not types <= _PLAIN and _any_dtensor(x, weight, A, B):
         # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
+        if dropout > 0.0 and seed is None:
+            seed = _shared_seed(x)
+        return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # torch.func.grad, vmap and their like differentiate and batch PyTorch's own operations.
         return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
     if dropout == 0.0:
         seed = None
@@ -280,3 +304,33 @@ def lora_linear(
     ):
         return _apply(*arguments)[0]
     return ops.lora_forward(*arguments)[0]
+
+
+def plan(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, dropout: float = 0.0
+) -> Plan:
+    """What :func:`lora_linear` would run for these tensors, and why; nothing is computed.
+
+    Args:
+        x: (..., K). weight: (N, K). A: (N, R). B: (R, K). bias: (N,) or None.
+        dropout: probability of dropping an element of the update's input.
+
+    Returns:
+        A frozen :class:`Plan`: path, tile shape and reason of each product, ``path`` and ``reason`` those of
+        the forward gemm.
+
+    Raises:
+        ValueError: shapes or dtypes that ``lora_linear`` would refuse.
+        RuntimeError: inside ``use_path("triton")`` where the kernels cannot run.
+    """
+    check_arguments(x, weight, A, B, 1.0, bias, dropout, None)
+    problem = Problem(
+        device=describe(x.device),
+        dtype=compute_dtype(x),
+        M=x.numel() // max(x.shape[-1], 1),
+        N=weight.shape[0],
+        K=weight.shape[1],
+        R=B.shape[0],
+        dropout=dropout > 0.0,
+    )
+    return make_plan(problem, current_mode())

@@ -1,4 +1,4 @@
-"""The two opaque operators of the layer: ``fastlora::lora_forward`` and ``fastlora::lora_backward``.
+"""The opaque operators of the layer, ``fastlora::lora_forward`` and ``lora_backward``, and those of groups.
 
 Each asks the planner which path computes each product, and runs it. They are registered by
 ``torch.library`` (define, impl, fake), so that ``torch.compile`` keeps them whole and plans at run time with
@@ -8,7 +8,7 @@ the real number of tokens. Only this module imports the kernels, when the first 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.planner import Plan, Problem, Step, describe, make_plan
+from fastlora.planner import (
+    GroupPlan,
+    Plan,
+    Problem,
+    Step,
+    describe,
+    make_group_plan,
+    make_plan,
+    remembered,
+)
 
 _library = torch.library.Library("fastlora", "DEF")
 _library.define(
@@ -24,14 +33,24 @@ _library.define(
     "Tensor? seed, str mode) -> (Tensor y, Tensor h)"
 )
 _library.define(
-    "lora_backward(Tensor dy, Tensor? x, Tensor weight, Tensor A, Tensor B, Tensor? h, float alpha, float dropout, "
-    "Tensor? seed, bool need_dx, bool need_dA, bool need_dB, bool need_dbias, str mode) "
+    "lora_backward(Tensor dy, Tensor? x, Tensor weight, Tensor A, Tensor B, Tensor? h, float alpha, "
+    "float dropout, Tensor? seed, bool need_dx, bool need_dA, bool need_dB, bool need_dbias, str mode) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)"
+)
+# Results: y of each branch, then h of all; and dx, dB of all that want it, then dA and dbias of each branch.
+_library.define(
+    "group_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, float[] alphas, "
+    "float dropout, Tensor? seed, str mode) -> Tensor[]"
+)
+_library.define(
+    "group_backward(Tensor?[] dys, Tensor? x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor? h, "
+    "float[] alphas, float dropout, Tensor? seed, bool need_dx, bool[] need_dA, bool[] need_dB, "
+    "bool[] need_dbias, str mode) -> Tensor[]"
 )
 
 
-# Below this rank the CPU's BLAS is 2 to 6 times slower where the rank is the innermost size of the result than
-# where it is the outermost (MKL, Zen 3, two threads, fp32, 64 tokens or more; rank 16 loses again).
+# Below this rank the CPU's BLAS is 2 to 6 times slower where the rank is the innermost size of the result
+# than where it is the outermost (MKL, Zen 3, two threads, fp32, 64 tokens or more; rank 16 loses again).
 _THIN_RANK = 8
 
 
@@ -86,7 +105,9 @@ def _gemm(
             return gemm(p, q, u, v, scale, step.config, bias)
         return gemm(p, q, u, v, scale * drop.scale, step.config, bias, drop.seed, drop.threshold)
     if step.path == "reference":
-        return reference.gemm(p, q, u, v, scale, bias, None if drop is None else drop.keep() * drop.scale)
+        wide = torch.promote_types(p.dtype, torch.float32)
+        keep = None if drop is None else drop.keep().to(wide) * drop.scale
+        return reference.gemm(p, q, u, v, scale, bias, keep)
     c = torch.mm(p, q) if bias is None else torch.addmm(bias, p, q)
     if drop is None:
         return c.addmm_(u, v.to(p.dtype), alpha=scale)
@@ -122,6 +143,20 @@ def _scaled_mm(p: Tensor, q: Tensor, scale: float) -> Tensor:
     return p.new_empty((p.shape[0], q.shape[1])).addmm_(p, q, beta=0, alpha=scale)
 
 
+def _is_thin(dy: Tensor, R: int) -> bool:
+    """Whether the CPU's products of dy: (M, N) with a rank of R are faster the other way round."""
+    return R <= _THIN_RANK and dy.shape[0] >= 64 and dy.dtype == torch.float32 and dy.device.type == "cpu"
+
+
+def _small_forward(
+    step: Step, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """x: (M, K) of few tokens -> y: (M, N), h: (M, R) in one launch; the adapters of any floating dtype."""
+    from fastlora.kernels.small import small
+
+    return small(x, weight, A, B, alpha, step.config, bias)
+
+
 def _addmm_forward(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, alpha: float
 ) -> tuple[Tensor, Tensor]:
@@ -148,9 +183,7 @@ def _addmm_backward(
     dtype, adapter_dtype = dy.dtype, A.dtype
     if adapter_dtype != dtype:
         A, B = A.to(dtype), B.to(dtype)
-    thin = (
-        A.shape[1] <= _THIN_RANK and dy.shape[0] >= 64 and dtype == torch.float32 and dy.device.type == "cpu"
-    )
+    thin = _is_thin(dy, A.shape[1])
     dx = dA = dB = None
     if need_dx or need_dB:
         # g carries alpha, so that dx and dB need no scaling of their own.
@@ -167,7 +200,7 @@ def _addmm_backward(
     return dx, dA, dB
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _plan(
     device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, dropout: bool, mode: str
 ) -> Plan:
@@ -222,12 +255,17 @@ def _forward(
         if plan.all_addmm and dropout == 0.0:
             y, h = _addmm_forward(x_2d, weight, A, B, bias, alpha)
         elif not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
-            y = x.new_zeros((M, N)) if bias is None else bias.expand(M, N).clone()
+            y = x.new_zeros((M, N)) if bias is None else x.new_empty((M, N)).copy_(bias)
             h = x.new_zeros((M, R))
+        elif plan.one_launch:
+            y, h = _small_forward(plan.y, x_2d, weight, A, B, bias, alpha)
         else:
             h = _project(plan.h, x_2d, B.t(), _dropout(dropout, seed, M, K)).contiguous()
             y = _gemm(plan.y, x_2d, weight.t(), h, A.t(), alpha, bias)
-    return (y if flat else y.reshape(*x.shape[:-1], N)), h
+    if flat:
+        return y, h
+    # Not a view: autograd forbids changing a view that a custom function returns, as ReLU(inplace=True) does.
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], N)), h
 
 
 def _rows(x: Tensor) -> int:
@@ -254,7 +292,7 @@ def _backward(
     need_dbias: bool,
     mode: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dy: (..., N), x: (..., K) -> dx: (..., K), dA: (N, R), dB: (R, K), dbias: (N,), each None if not asked for.
+    """dy: (..., N), x: (..., K) -> dx: (..., K), dA: (N, R), dB: (R, K), dbias: (N,), or None if not asked.
 
     x is needed for dB alone and h: (M, R) for dA alone.
     """
@@ -311,6 +349,203 @@ def _fake_backward(
     )
 
 
+def _stack(tensors: Sequence[Tensor], step: Step, dtype: torch.dtype) -> Tensor:
+    """The rows of all ``tensors`` in one copy, in ``dtype``; the plain formula alone keeps a wider one."""
+    return torch.cat([t if step.path == "reference" else t.to(dtype) for t in tensors])
+
+
+@remembered
+def _group_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    M: int,
+    Ns: tuple[int, ...],
+    K: int,
+    Rs: tuple[int, ...],
+    dropout: bool,
+    mode: str,
+) -> GroupPlan:
+    """The plan of a group, looked up by values that hash fast."""
+    if not (M and K and all(Ns)):
+        mode = "addmm"  # No kernel takes an empty tile.
+    return make_group_plan(Problem(describe(device), dtype, M, sum(Ns), K, sum(Rs), dropout), Ns, Rs, mode)
+
+
+def _group_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    alphas: Sequence[float],
+    dropout: float,
+    seed: Tensor | None,
+    mode: str,
+) -> list[Tensor]:
+    """x: (..., K), weights: (N_i, K), As: (N_i, R_i), Bs: (R_i, K) -> each y: (..., N_i), h: (M, sum R_i)."""
+    M, K = _rows(x), x.shape[-1]
+    Ns, Rs = tuple(w.shape[0] for w in weights), tuple(B.shape[0] for B in Bs)
+    x_2d = x if x.dim() == 2 else x.reshape(M, K)
+    with _scope(x):
+        plan = _group_plan(x.device, x.dtype, M, Ns, K, Rs, dropout > 0.0, mode)
+        branches = list(zip(plan.branches, weights, As, Bs, biases, alphas, strict=True))
+        if plan.one_launch:
+            made = [
+                _small_forward(step.y, x_2d, weight, A, B, bias, alpha)
+                for step, weight, A, B, bias, alpha in branches
+            ]
+            ys, h = [y for y, _ in made], torch.cat([h for _, h in made], 1)
+        else:
+            drop = _dropout(dropout, seed, M, K) if M and K else None
+            h = _project(plan.h, x_2d, _stack(Bs, plan.h, x.dtype).t(), drop).contiguous()
+            ys = [
+                _gemm(step.y, x_2d, weight.t(), part, A.t(), alpha, bias)
+                for (step, weight, A, _, bias, alpha), part in zip(branches, h.split(Rs, 1), strict=True)
+            ]
+    if x.dim() != 2:  # As in _forward, no views.
+        ys = [torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1])) for y in ys]
+    return [*ys, h]
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def _project_into(step: Step, out: Tensor, p: Tensor, q: Tensor, scale: float) -> None:
+    """out: (M, R) = scale * p: (M, D) @ q: (D, R), in p's dtype."""
+    if step.path == "triton":
+        from fastlora.kernels.project import project
+
+        project(p, q, step.config, keep_scale=scale, out=out)
+    elif step.path == "reference":
+        out.copy_(reference.project(p, q) * scale)
+    else:
+        out.addmm_(p, q.to(p.dtype), beta=0, alpha=scale)
+
+
+def _group_dA(step: Step, dy: Tensor, h: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """alpha * dy: (M, N).T @ h: (M, R) -> (N, R) in ``dtype``."""
+    if step.path == "addmm" and _is_thin(dy, h.shape[1]):
+        return _scaled_mm(h.t(), dy, alpha).t().to(dtype).contiguous()
+    return _token_sum(step, dy, h, alpha, dtype)
+
+
+def _group_dx(
+    step: Step,
+    ps: Sequence[Tensor],
+    qs: Sequence[Tensor],
+    u: Tensor,
+    v: Tensor,
+    drop: _Dropout | None,
+) -> Tensor:
+    """Sum of ps: (M, D_i) @ qs: (D_i, E), + drop(u: (M, R) @ v: (R, E)) -> (M, E) in u's dtype."""
+    if step.path == "triton":
+        from fastlora.kernels.group import group_dx
+
+        if drop is None:
+            return group_dx(ps, qs, u, v, 1.0, step.config)
+        return group_dx(ps, qs, u, v, drop.scale, step.config, drop.seed, drop.threshold)
+    c = _gemm(step, ps[0], qs[0], u, v, 1.0, drop=drop)
+    for p, q in zip(ps[1:], qs[1:], strict=True):
+        c.addmm_(p, q)
+    return c
+
+
+def _group_backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    h: Tensor | None,
+    alphas: Sequence[float],
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dA: Sequence[bool],
+    need_dB: Sequence[bool],
+    need_dbias: Sequence[bool],
+    mode: str,
+) -> list[Tensor | None]:
+    """dys: (..., N_i) or None, one at least given -> dx: (..., K), dB, all dA: (N_i, R_i), all dbias: (N_i,).
+
+    dB: (sum of R_i, K) over the branches that want it and have a dy, in the widest of their adapters' dtypes.
+    A result is None where it is not asked for. x is needed for dB alone, h: (M, sum of R_i) for dA alone.
+    """
+    # The branches that want dB come first, so that theirs are neighbouring columns of g.
+    live = sorted((i for i, dy in enumerate(dys) if dy is not None), key=lambda i: not need_dB[i])
+    wanting = [i for i in live if need_dB[i]]
+    first, K, n = dys[live[0]], weights[0].shape[1], len(dys)
+    M = _rows(first)
+    dys_2d = {i: dys[i].reshape(M, weights[i].shape[0]) for i in live}
+    dx = dB = None
+    dAs: list[Tensor | None] = [None] * n
+    dbiases: list[Tensor | None] = [None] * n
+    with _scope(first):
+        Ns, Rs = tuple(weights[i].shape[0] for i in live), tuple(Bs[i].shape[0] for i in live)
+        plan = _group_plan(first.device, first.dtype, M, Ns, K, Rs, dropout > 0.0, mode)
+        steps = dict(zip(live, plan.branches, strict=True))
+        parts = None if h is None else h.split([B.shape[0] for B in Bs], 1)
+        for i in live:
+            if need_dbias[i]:
+                dbiases[i] = dys_2d[i].sum(0)
+            if need_dA[i]:
+                dAs[i] = _group_dA(steps[i].dA, dys_2d[i], parts[i], alphas[i], As[i].dtype)
+        used = live if need_dx else wanting
+        if used:
+            drop = _dropout(dropout, seed, M, K) if M and K else None
+            ranks = [Bs[i].shape[0] for i in used]
+            # g carries alpha, which differs from branch to branch.
+            thin = _is_thin(first, max(ranks)) and all(steps[i].g.path == "addmm" for i in used)
+            g = first.new_empty((sum(ranks), M)).t() if thin else first.new_empty((M, sum(ranks)))
+            for i, part in zip(used, g.split(ranks, 1), strict=True):
+                _project_into(steps[i].g, part, dys_2d[i], As[i], alphas[i])
+        if need_dx:
+            stacked = _stack([Bs[i] for i in live], plan.dx, first.dtype)
+            dx = _group_dx(plan.dx, [dys_2d[i] for i in live], [weights[i] for i in live], g, stacked, drop)
+            dx = dx if first.dim() == 2 else dx.reshape(*first.shape[:-1], K)
+        if wanting:
+            rank = sum(Bs[i].shape[0] for i in wanting)
+            dtype = _widest(Bs[i].dtype for i in wanting)
+            dB = _token_sum(plan.dB, x.reshape(M, K), g[:, :rank], 1.0, dtype, transposed=True, drop=drop)
+    return [dx, dB, *dAs, *dbiases]
+
+
+def _group_backward_results(dys: Sequence[Tensor | None], *arguments) -> list[Tensor]:
+    """:func:`_group_backward` for the operator: tensors of no elements instead of None."""
+    first = next(dy for dy in dys if dy is not None)
+    return [first.new_empty((0,)) if r is None else r for r in _group_backward(dys, *arguments)]
+
+
+def _fake_group_forward(x, weights, As, Bs, biases, alphas, dropout, seed, mode):
+    ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    return [*ys, x.new_empty((_rows(x), sum(B.shape[0] for B in Bs)))]
+
+
+def _fake_group_backward(
+    dys, x, weights, As, Bs, h, alphas, dropout, seed, need_dx, need_dA, need_dB, need_dbias, mode
+):  # fmt: skip
+    first = next(dy for dy in dys if dy is not None)
+    live = [dy is not None for dy in dys]
+    wanting = [B for B, need, used in zip(Bs, need_dB, live, strict=True) if need and used]
+    dB = first.new_empty((0,))
+    if wanting:
+        shape = sum(B.shape[0] for B in wanting), weights[0].shape[1]
+        dB = first.new_empty(shape, dtype=_widest(B.dtype for B in wanting))
+    return [
+        first.new_empty((*first.shape[:-1], weights[0].shape[1]) if need_dx else (0,)),
+        dB,
+        *(
+            A.new_empty(A.shape) if need and used else first.new_empty((0,))
+            for A, need, used in zip(As, need_dA, live, strict=True)
+        ),
+        *(
+            first.new_empty((weight.shape[0],) if need and used else (0,))
+            for weight, need, used in zip(weights, need_dbias, live, strict=True)
+        ),
+    ]
+
+
 def _register(name: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{name}", fake, lib=_library)
@@ -319,17 +554,21 @@ def _register(name: str, implementation: Callable, fake: Callable) -> torch._ops
 
 _forward_operator = _register("lora_forward", _forward, _fake_forward)
 _backward_operator = _register("lora_backward", _lora_backward, _fake_backward)
+_group_forward_operator = _register("group_forward", _group_forward, _fake_group_forward)
+_group_backward_operator = _register("group_backward", _group_backward_results, _fake_group_backward)
 
 
 def _is_plain_cpu(tensor: Tensor) -> bool:
     """Whether the operator's dispatch would add nothing but its time, which a small CPU call would feel.
 
-    Tensor subclasses (fake tensors among them) and compiled code need the operator.
+    Tensor subclasses (fake tensors among them), dispatch modes (selective checkpointing) and compiled code
+    need the operator.
     """
     return (
         tensor.device.type == "cpu"
         and (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 
@@ -341,3 +580,14 @@ def lora_forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
 def lora_backward(dy: Tensor, *arguments) -> tuple[Tensor | None, ...]:
     """dx, dA, dB, dbias of the arguments of ``fastlora::lora_backward``; meaningless where not asked for."""
     return _backward(dy, *arguments) if _is_plain_cpu(dy) else _backward_operator(dy, *arguments)
+
+
+def group_forward(x: Tensor, *arguments) -> list[Tensor]:
+    """Each y: (..., N_i), then h: (M, sum of R_i), of the arguments of ``fastlora::group_forward``."""
+    return _group_forward(x, *arguments) if _is_plain_cpu(x) else _group_forward_operator(x, *arguments)
+
+
+def group_backward(dys: Sequence[Tensor | None], *arguments) -> list[Tensor | None]:
+    """The results of ``fastlora::group_backward``; meaningless where not asked for."""
+    first = next(dy for dy in dys if dy is not None)
+    return (_group_backward if _is_plain_cpu(first) else _group_backward_operator)(dys, *arguments)

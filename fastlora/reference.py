@@ -13,6 +13,8 @@ Three primitives make all of it, in both directions; the Triton kernels carry th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,8 @@ def _philox(columns: Tensor, rows: Tensor, seed: int | Tensor) -> tuple[Tensor, 
     Words lie in the low halves of int64 numbers: a 32 x 32-bit product wraps, but its bits do not change, so
     shift and mask still read both halves. Only a word about to be multiplied needs a clean high half, and the
     first two rounds work on one row and one column, as two of the counters are constant: six passes over the
-    grid a round, in place, make this four times as fast as the plain form (5.5 ms against 23 ms at 2048 x 1024,
-    two Zen 3 cores).
+    grid a round, in place, make this four times as fast as the plain form (5.5 ms against 23 ms at 2048 x
+    1024, two Zen 3 cores).
     """
     keys = [
         ((seed + _PHILOX_KEY_STEP_0 * i) & _LOW32, ((seed >> 32) + _PHILOX_KEY_STEP_1 * i) & _LOW32)
@@ -64,8 +66,12 @@ def _philox(columns: Tensor, rows: Tensor, seed: int | Tensor) -> tuple[Tensor, 
     for key_0, key_1 in keys[3:]:
         c0.mul_(_PHILOX_MULTIPLIER_0)
         c2.mul_(_PHILOX_MULTIPLIER_1)
-        c1.bitwise_xor_(torch.bitwise_right_shift(c2, 32, out=shifted)).bitwise_xor_(key_0).bitwise_and_(_LOW32)
-        c3.bitwise_xor_(torch.bitwise_right_shift(c0, 32, out=shifted)).bitwise_xor_(key_1).bitwise_and_(_LOW32)
+        c1.bitwise_xor_(torch.bitwise_right_shift(c2, 32, out=shifted)).bitwise_xor_(key_0).bitwise_and_(
+            _LOW32
+        )
+        c3.bitwise_xor_(torch.bitwise_right_shift(c0, 32, out=shifted)).bitwise_xor_(key_1).bitwise_and_(
+            _LOW32
+        )
         c0, c1, c2, c3 = c1, c2, c3, c0
     return c0, c1, c2, c3
 
@@ -96,6 +102,11 @@ def keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     bits = words.view(torch.int16).view(rows, groups * COLUMNS_PER_CALL)
     # An unsigned comparison in signed arithmetic: flip the sign bit of both sides.
     return (bits.bitwise_xor_(-32768) >= threshold - 32768)[:, :columns]
+
+
+def keep_scale(dropout: float) -> float:
+    """What a kept element is multiplied by, 1 / (1 - p); 0 for p = 1, where none is kept."""
+    return 0.0 if dropout >= 1.0 else 1.0 / (1.0 - dropout)
 
 
 def project(p: Tensor, q: Tensor) -> Tensor:
@@ -159,10 +170,49 @@ def lora_linear(
     dropped = x_2d
     if dropout > 0.0:
         seed = new_seed(x.device) if seed is None else seed
-        keep = keep_mask(seed, x_2d.shape[0], x_2d.shape[1], dropout)
+        keep = _beside(x_2d, keep_mask(seed, x_2d.shape[0], x_2d.shape[1], dropout))
         dropped = torch.where(keep, x_2d * keep_scale(dropout), x_2d.new_zeros(()))
     h = project(dropped, B.t())
     return gemm(x_2d, weight.t(), h, A.t(), alpha, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _beside(x: Tensor, keep: Tensor) -> Tensor:
+    """``keep``, which every rank computes whole, as a DTensor on x's mesh where x is one."""
+    mesh = getattr(x, "device_mesh", None)
+    if mesh is None:
+        return keep
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(keep, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    alphas: Sequence[float],
+    biases: Sequence[Tensor | None] | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`lora_linear` of one x by each branch; all of them drop the same elements of x.
+
+    Args:
+        x: (..., K). weights: (N_i, K). As: (N_i, R_i). Bs: (R_i, K). biases: (N_i,) or None each.
+        alphas: the multiplier of each update.
+        dropout, seed: as in :func:`lora_linear`.
+
+    Returns:
+        (..., N_i) for each branch, in x's dtype.
+    """
+    if dropout > 0.0 and seed is None:
+        seed = new_seed(x.device)
+    biases = [None] * len(weights) if biases is None else biases
+    return tuple(
+        lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
+        for weight, A, B, alpha, bias in zip(weights, As, Bs, alphas, biases, strict=True)
+    )
 
 
 def new_seed(device: torch.device) -> Tensor:

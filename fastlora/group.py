@@ -1,0 +1,514 @@
+"""Layers that share their input: ``lora_linear_group`` and, in whole models, ``group_projections``.
+
+The functional form makes h of all branches in one pass over x and the gradient of x in one product. In a
+model a group lives for one call of the layers' parent alone: a hook hands the parent its input under another
+tensor object, which carries a :class:`_Call`; the first projection that is given this very object computes
+all of them, the others take theirs from it, and a second hook empties it when the parent is done. Nothing is
+kept on layers or threads, and ``torch.compile`` and checkpoints trace it as they trace any other code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import ops, reference
+from fastlora.function import (
+    _PLAIN,
+    _any_dtensor,
+    _autocast_on,
+    _is_regular,
+    _shared_seed,
+    check_arguments,
+    compute_dtype,
+    lora_linear,
+)
+from fastlora.kernels.configs import MAX_BRANCHES, MAX_RANK
+from fastlora.planner import current_mode
+
+# Children of one parent that are called with the same tensor.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+
+
+class _LoRALinearGroup(torch.autograd.Function):
+    """x: (..., K) -> y: (..., N_i) of each branch and, for backward alone, h: (M, sum of R_i)."""
+
+    @staticmethod
+    def forward(x, dropout, seed, mode, alphas, *tensors):
+        return tuple(ops.group_forward(x, *_by_kind(tensors), alphas, dropout, seed, mode))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, dropout, seed, mode, alphas, *tensors = inputs
+        h = output[-1]
+        ctx.mark_non_differentiable(h)
+        ctx.set_materialize_grads(False)
+        _, need_As, need_Bs, _ = _by_kind(ctx.needs_input_grad[5:])
+        kept = tensors[: 3 * len(alphas)]  # all but the biases
+        ctx.save_for_backward(x if any(need_Bs) else None, h if any(need_As) else None, seed, *kept)
+        ctx.dropout, ctx.mode, ctx.alphas = dropout, mode, alphas
+
+    @staticmethod
+    def backward(ctx, *dys):
+        dys = dys[:-1]
+        n = len(dys)
+        if all(dy is None for dy in dys):
+            return (None,) * (5 + 4 * n)
+        # Compiled backward passes are traced with gradients on; PyTorch itself refuses to differentiate them.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "lora_linear_group: second derivatives (create_graph=True) are not implemented by the fused "
+                "layers; fastlora.reference.lora_linear_group computes the same in PyTorch and has them"
+            )
+        x, h, seed, *tensors = ctx.saved_tensors
+        weights, As, Bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        need_dx = ctx.needs_input_grad[0]
+        _, need_dA, need_dB, need_dbias = _by_kind(ctx.needs_input_grad[5:])
+        dx, dB, *others = ops.group_backward(
+            dys,
+            x,
+            weights,
+            As,
+            Bs,
+            h,
+            ctx.alphas,
+            ctx.dropout,
+            seed,
+            need_dx,
+            need_dA,
+            need_dB,
+            need_dbias,
+            ctx.mode,
+        )
+        used = [dy is not None for dy in dys]
+        dBs: list[Tensor | None] = [None] * n
+        first = 0
+        for i, B in enumerate(Bs):
+            if used[i] and need_dB[i]:
+                dBs[i] = dB[first : first + B.shape[0]].to(B.dtype)
+                first += B.shape[0]
+        dAs = [g if used[i] and need_dA[i] else None for i, g in enumerate(others[:n])]
+        dbiases = [g if used[i] and need_dbias[i] else None for i, g in enumerate(others[n:])]
+        return dx if need_dx else None, None, None, None, None, *[None] * n, *dAs, *dBs, *dbiases
+
+
+# As in fastlora.function: the C method takes the arguments without binding them to forward's signature.
+_apply_in_c = super(torch.autograd.Function, _LoRALinearGroup).apply
+
+
+def _apply(*arguments):
+    if torch.compiler.is_compiling():
+        return _LoRALinearGroup.apply(*arguments)
+    return _apply_in_c(*arguments)
+
+
+def _by_kind(values: Sequence) -> tuple[list, list, list, list]:
+    """What belongs to weights, As, Bs and biases, of a sequence that holds them one after the other."""
+    n = len(values) // 4
+    return tuple(list(values[i * n : (i + 1) * n]) for i in range(4))
+
+
+def _chunks(ranks: Sequence[int]) -> Iterator[slice]:
+    """Neighbouring branches that one launch takes: up to MAX_BRANCHES, of up to MAX_RANK ranks together."""
+    start = 0
+    for stop in range(1, len(ranks) + 1):
+        if stop == len(ranks) or stop - start == MAX_BRANCHES or sum(ranks[start : stop + 1]) > MAX_RANK:
+            yield slice(start, stop)
+            start = stop
+
+
+def _check_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    alphas: Sequence[float],
+    biases: Sequence[Tensor | None],
+    dropout: float,
+    seed: Tensor | None,
+) -> None:
+    """The errors of ``lora_linear``, with the branch's number."""
+    for i, (weight, A, B, alpha, bias) in enumerate(zip(weights, As, Bs, alphas, biases, strict=True)):
+        try:
+            if _is_regular(x, weight, A, B, alpha, bias, dropout, seed):
+                continue
+        except (AttributeError, IndexError, TypeError, ValueError):
+            pass
+        try:
+            check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
+        except (TypeError, ValueError) as error:
+            text = str(error).removeprefix("lora_linear: ")
+            raise type(error)(f"lora_linear_group: branch {i}: {text}") from None
+
+
+def _sequences(arguments: dict[str, object]) -> list[list]:
+    """Each argument as a list; TypeError unless it is a sequence, ValueError unless all are equally long."""
+    lists = {}
+    for name, values in arguments.items():
+        if isinstance(values, (str, Tensor)) or not hasattr(values, "__iter__"):
+            raise TypeError(
+                f"lora_linear_group: {name} must be a sequence with an entry for each branch, "
+                f"got {type(values).__name__}"
+            )
+        lists[name] = list(values)
+    sizes = {len(values) for values in lists.values()}
+    if len(sizes) != 1 or sizes == {0}:
+        counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
+        raise ValueError(
+            f"lora_linear_group: expected an entry for each of one or more branches, got {counts}"
+        )
+    return list(lists.values())
+
+
+def lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    alphas: Sequence[float],
+    biases: Sequence[Tensor | None] | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`fastlora.lora_linear` of one x by several layers, such as q/k/v or gate/up, in fewer passes.
+
+    Forward reads x once for the h of all branches; backward makes the gradient of x in one product and those
+    of all Bs in one pass over x. Branches may differ in out_features, rank, alpha and bias; all of them drop
+    the same elements of x. Gradients flow to x and each A, B and bias. Beyond x, M * (sum of R_i) elements
+    are kept for backward.
+
+    Args:
+        x: (..., K), as in ``lora_linear``.
+        weights: (N_i, K), frozen, in x's dtype (any floating dtype under autocast).
+        As: (N_i, R_i). Bs: (R_i, K). Float32 adapters on a half-precision base are allowed.
+        alphas: the multiplier of each update.
+        biases: (N_i,) or None for each branch; None for no bias at all.
+        dropout: probability in [0, 1] of dropping an element of the updates' input.
+        seed: int64 tensor of one element, which fixes the dropout mask; drawn from torch's generator if None.
+
+    Returns:
+        (..., N_i) for each branch, in x's dtype (autocast's where it is on).
+
+    Raises:
+        ValueError: sequences of different lengths or none at all, and all that ``lora_linear`` refuses, with
+            the number of the branch.
+        TypeError: an argument that is no sequence, or an entry that is no tensor or number.
+        RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
+    """
+    given = {"weights": weights, "As": As, "Bs": Bs, "alphas": alphas}
+    weights, As, Bs, alphas, *given_biases = _sequences(
+        given if biases is None else {**given, "biases": biases}
+    )
+    biases = given_biases[0] if given_biases else [None] * len(weights)
+    alphas = [
+        float(alpha)
+        if isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.requires_grad
+        else alpha
+        for alpha in alphas
+    ]
+    _check_branches(x, weights, As, Bs, alphas, biases, dropout, seed)
+    if _autocast_on(x):
+        dtype = compute_dtype(x)
+        # Casting here, outside the function, gives every gradient its tensor's own dtype.
+        x, weights, As, Bs = x.to(dtype), *([t.to(dtype) for t in ts] for ts in (weights, As, Bs))
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    tensors = [*weights, *As, *Bs, *biases]
+    if not {type(t) for t in (x, *tensors) if t is not None} <= _PLAIN and _any_dtensor(x, *tensors):
+        # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
+        if dropout > 0.0 and seed is None:
+            seed = _shared_seed(x)
+        return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # torch.func.grad, vmap and their like differentiate and batch PyTorch's own operations.
+        return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # torch.func.grad, vmap and their like differentiate and batch PyTorch's own operations.
+        return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
+    if dropout == 0.0:
+        seed = None
+    elif seed is None:
+        # Drawn outside the operator, so that checkpointing recomputes with the same seed.
+        seed = reference.new_seed(x.device)
+    results = []
+    for chunk in _chunks([B.shape[0] for B in Bs]):
+        parts = (weights[chunk], As[chunk], Bs[chunk], alphas[chunk], biases[chunk])
+        results += _fused(x, *parts, float(dropout), seed)
+    return tuple(results)
+
+
+def _fused(
+    x: Tensor,
+    weights: list[Tensor],
+    As: list[Tensor],
+    Bs: list[Tensor],
+    alphas: list[float],
+    biases: list[Tensor | None],
+    dropout: float,
+    seed: Tensor | None,
+) -> Sequence[Tensor]:
+    """The results of branches that one launch takes; everything is known to be right."""
+    if len(weights) == 1:
+        return [lora_linear(x, weights[0], As[0], Bs[0], alphas[0], biases[0], dropout, seed)]
+    alphas = [float(alpha) for alpha in alphas]
+    mode = current_mode()
+    tensors = (*weights, *As, *Bs, *biases)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return _apply(x, dropout, seed, mode, alphas, *tensors)[:-1]
+    return ops.group_forward(x, weights, As, Bs, biases, alphas, dropout, seed, mode)[:-1]
+
+
+class _Call:
+    """One call of a parent: layers that may still be computed together, and outputs that wait to be taken."""
+
+    def __init__(self, owner: _Siblings, groups: list[tuple[nn.Module, ...]]) -> None:
+        self.owner = owner
+        self.groups = groups
+        self.waiting: list[tuple[nn.Module, tuple, Tensor]] = []
+
+    def output_of(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The layer's output for x, the tensor that carries this call; None if it has to compute alone."""
+        state = _state(x)
+        for i in range(len(self.waiting)):
+            waiting, then, y = self.waiting[i]
+            if waiting is layer:
+                del self.waiting[i]
+                return y if then == state else None
+        for i in range(len(self.groups)):
+            group = self.groups[i]
+            if layer in group:
+                del self.groups[i]  # Once for each call: a layer that is called again computes alone.
+                return self._compute(group, layer, x, state)
+        return None
+
+    def _compute(
+        self, group: tuple[nn.Module, ...], layer: nn.Module, x: Tensor, state: tuple
+    ) -> Tensor | None:
+        branches = _branches(group, x)
+        if isinstance(branches, str):
+            return None
+        weights, biases, As, Bs, alphas, dropouts = zip(*branches, strict=True)
+        own = None
+        for member, y in zip(
+            group, lora_linear_group(x, weights, As, Bs, alphas, biases, dropouts[0]), strict=True
+        ):
+            if member is layer:
+                own = y
+            else:
+                self.waiting.append((member, state, y))
+        return own
+
+    def close(self) -> bool:
+        """Drop everything; whether an output was left over."""
+        unused = bool(self.waiting)
+        self.groups, self.waiting = [], []
+        return unused
+
+
+def _state(x: Tensor) -> tuple:
+    """What a layer's output depends on besides its parameters and the identity of x."""
+    autocast = _autocast_on(x)
+    return (
+        # A compiled graph has no number for it, so a parent that changes x in place between two projections
+        # is no case for it.
+        0 if torch.compiler.is_compiling() else x._version,
+        torch.is_grad_enabled(),
+        autocast and torch.get_autocast_dtype(x.device.type),
+        current_mode(),
+    )
+
+
+def _branches(group: Sequence[nn.Module], x: Tensor | None) -> list[tuple] | str:
+    """What each layer would compute x with, or why they stay single; x None: as far as is known without."""
+    branches = []
+    for layer in group:
+        branch = layer._group_branch(x)
+        if isinstance(branch, str):
+            return branch
+        branches.append(branch)
+    weight, *_, dropout = branches[0]
+    for other, *_, other_dropout in branches[1:]:
+        if other.shape[1] != weight.shape[1]:
+            return f"in_features {weight.shape[1]} and {other.shape[1]} differ"
+        if other.dtype != weight.dtype or other.device != weight.device:
+            return "dtypes or devices differ"
+        if other_dropout != dropout:
+            return f"dropout {dropout:g} and {other_dropout:g} differ"
+    return branches
+
+
+class _Siblings:
+    """The groups of one parent, by the names of its children; its two hooks are methods of this."""
+
+    def __init__(self, groups: Sequence[tuple[str, ...]]) -> None:
+        self.groups = tuple(groups)
+        # Groups that turned out to be called with different tensors.
+        self.single: dict[tuple[str, ...], str] = {}
+
+    def members(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, ...] | str:
+        """The group's layers, or why it is none now."""
+        if names in self.single:
+            return self.single[names]
+        layers = tuple([parent._modules.get(name) for name in names])
+        for name, layer in zip(names, layers, strict=True):
+            if not hasattr(type(layer), "_group_branch"):
+                return f"{name} is {type(layer).__name__}"
+        return layers
+
+    def before(self, parent: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Hand the parent its input under another tensor object, which carries the call."""
+        groups = []
+        for names in self.groups:
+            layers = self.members(parent, names)
+            if not isinstance(layers, str):
+                groups.append(layers)
+        if not groups:
+            return None
+        x = _only_input((*args, *kwargs.values()), groups[0][0].in_features)
+        if x is None:
+            return None
+        if x.requires_grad and not torch.is_grad_enabled():
+            with torch.enable_grad():  # The parent may turn gradients on again.
+                alias = x.view_as(x)
+        else:
+            alias = x.view_as(x)
+        alias._fastlora_call = _Call(self, groups)
+        return (
+            tuple([alias if value is x else value for value in args]),
+            {name: alias if value is x else value for name, value in kwargs.items()},
+        )
+
+    def after(self, parent: nn.Module, args: tuple, kwargs: dict, result: object) -> None:
+        """Empty the call, also when an exception ended it (``result`` is None then)."""
+        for value in (*args, *kwargs.values()):
+            call = getattr(value, "_fastlora_call", None) if isinstance(value, Tensor) else None
+            if call is None or call.owner is not self:
+                continue
+            left = [layer for layer, _, _ in call.waiting]
+            if call.close() and result is not None and _may_learn():
+                for names in self.groups:
+                    if any(parent._modules.get(name) in left for name in names):
+                        self.single[names] = "not all of them were called with the same tensor"
+
+
+def _may_learn() -> bool:
+    """Whether later calls may differ from this one: a checkpoint recomputes what its forward pass did."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
+
+
+def _only_input(values: Sequence[object], K: int) -> Tensor | None:
+    """The one tensor among a parent's arguments that its layers may be meant to take, None if unclear.
+
+    Cross attention has two: what k and v take would be guessed.
+    """
+    found = None
+    for value in values:
+        if type(value) not in _PLAIN or value.dim() == 0 or value.shape[-1] != K or value is found:
+            continue
+        if not value.is_floating_point() or (found is not None and value.dim() != found.dim()):
+            continue
+        if found is not None:
+            return None
+        found = value
+    # Inference tensors have no version that would show a change in place.
+    if found is None or (not torch.compiler.is_compiling() and found.is_inference()):
+        return None
+    return found
+
+
+def _adapted(module: nn.Module | None) -> bool:
+    return hasattr(type(module), "_group_branch")
+
+
+def _hooked_parents(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Siblings]]:
+    for path, module in model.named_modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            siblings = getattr(hook, "__self__", None)
+            if isinstance(siblings, _Siblings):
+                yield path, module, siblings
+
+
+def group_projections(model: nn.Module) -> nn.Module:
+    """Let adapted sibling layers of a model, such as q/k/v and gate/up, run as groups, in place.
+
+    Siblings are children of one module called q_proj, k_proj and v_proj, or query, key and value, or
+    gate_proj and up_proj; two of them with adapters make a group, in a model of ``apply_lora`` as in one of
+    ``fuse_peft``. The first that is called with the parent's own input computes all of them by
+    :func:`lora_linear_group`; the others, called with that very tensor, take theirs. Values and gradients are
+    the same up to rounding; in training with dropout the siblings share one mask. Only hooks are put on the
+    parents: layers, parameters and names stay. Siblings compute alone wherever the group would not give the
+    same: called with different tensors (cross attention) or outside the parent, merged or disabled adapters,
+    hooks on them, sharded weights, different dropouts, inference mode. :func:`fastlora.summary` has the
+    reasons.
+
+    Args:
+        model: any module; calling this again looks for siblings anew.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: no siblings with adapters. The model is left as it was.
+    """
+    _check_module(model, "group_projections")
+    found = {}
+    for module in model.modules():
+        groups = [tuple(n for n in names if _adapted(module._modules.get(n))) for names in SIBLINGS]
+        groups = [names for names in groups if len(names) > 1]
+        if groups:
+            found[module] = groups
+    if not found:
+        wanted = ", ".join("/".join(names) for names in SIBLINGS)
+        adapted = [path for path, module in model.named_modules() if _adapted(module)]
+        raise ValueError(
+            f"group_projections: found no siblings: looked for {wanted} in one module, two of them at least "
+            "adapted by apply_lora or, after get_peft_model, by fuse_peft; "
+            + (f"adapted layers: {', '.join(adapted[:12])}" if adapted else "the model has no adapted layer")
+        )
+    ungroup_projections(model)
+    for module, groups in found.items():
+        siblings = _Siblings(groups)
+        module.register_forward_pre_hook(siblings.before, with_kwargs=True)
+        module.register_forward_hook(siblings.after, with_kwargs=True, always_call=True)
+    return model
+
+
+def ungroup_projections(model: nn.Module) -> nn.Module:
+    """Undo :func:`group_projections`; nothing to do where nothing is grouped.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_module(model, "ungroup_projections")
+    for _, module, siblings in list(_hooked_parents(model)):
+        for hooks, *marks in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        ):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is siblings]:
+                del hooks[key]
+                for mark in marks:
+                    mark.pop(key, None)
+    return model
+
+
+def _check_module(model: nn.Module, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def group_states(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """(parent, names of its children, why they stay single or "") of every group of a model."""
+    for path, module, siblings in _hooked_parents(model):
+        for names in siblings.groups:
+            layers = siblings.members(module, names)
+            branches = layers if isinstance(layers, str) else _branches(layers, None)
+            yield path, names, branches if isinstance(branches, str) else ""
