@@ -561,23 +561,24 @@ def test_source_tree_refuses_a_second_fastlora(monkeypatch):
         source_tree.install()
 
 
-def test_pytest_benchmarks_fail_with_a_wrong_provider(tmp_path):
-    (tmp_path / "wrong_eager.py").write_text(
+def test_pytest_benchmarks_fail_where_fastlora_is_wrong(tmp_path):
+    (tmp_path / "wrong.py").write_text(
         textwrap.dedent(
             f"""
             import sys
             sys.path.insert(0, {str(BENCHMARKS)!r})
             import dataclasses, providers
             p = providers.PROVIDERS
-            p["eager"] = dataclasses.replace(p["eager"], build=lambda problem: providers._build_seed(
-                dataclasses.replace(problem, alpha=2.0)))
+            for name in ("eager", "fastlora-addmm"):
+                p[name] = dataclasses.replace(p[name], build=lambda problem: providers._build_seed(
+                    dataclasses.replace(problem, alpha=2.0)))
             """
         )
     )
-    arguments = ["-p", "wrong_eager", "--bench-shape", "5,24,17,3", "--bench-modes", "both"]
+    arguments = ["-p", "wrong", "--bench-shape", "5,24,17,3", "--bench-modes", "both"]
     arguments += [
         "--bench-providers",
-        "seed,eager,unsloth",
+        "seed,eager,unsloth,fastlora-addmm",
         "--bench-seconds",
         "0.01",
         "--bench-out",
@@ -585,9 +586,10 @@ def test_pytest_benchmarks_fail_with_a_wrong_provider(tmp_path):
     ]
     script = Path(sys.executable).with_name("pytest")
     run = python(script, "benchmarks", "-q", *arguments, PYTHONPATH=str(tmp_path))
-    assert "1 failed, 2 passed, 1 skipped" in run.stdout, run.stdout + run.stderr
+    assert "1 failed, 2 passed, 2 skipped" in run.stdout, run.stdout + run.stderr
     assert run.returncode == 1
-    assert "eager on M5-N24-K17-R3: check failed: y: largest error" in run.stdout
+    assert "fastlora-addmm on M5-N24-K17-R3: check failed: y: largest error" in run.stdout
+    assert "eager check failed: y: largest error" in run.stdout
     assert "unsloth unavailable: apply_lora_o has no bias" in run.stdout
     rows, _ = results.read_csv(tmp_path / "out" / "linear.csv")
     assert {row.provider for row in rows if row.ratio} == {"frozen", "seed"}
