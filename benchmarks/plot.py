@@ -1,6 +1,6 @@
 """Draws a results file: each provider's ratio to the frozen linear against the shapes, a panel a mode.
 
-python benchmarks/plot.py RESULTS.csv PICTURE.png [--section linear] [--rank 16]
+python benchmarks/plot.py RESULTS.csv PICTURE.png [--mode both] [--rank 16] [--providers peft fastlora]
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--mode", help="only this mode")
     parser.add_argument("--timer", help="only this timer")
     parser.add_argument("--rank", type=int, help="only this rank")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these")
     arguments = parser.parse_args()
     wanted = {
         "section": arguments.section,
@@ -114,6 +115,7 @@ def main() -> None:
         row
         for row in rows
         if all(value is None or getattr(row, name) == value for name, value in wanted.items())
+        and (arguments.providers is None or row.provider in arguments.providers)
     ]
     if not draw(rows, stamp, arguments.picture):
         parser.error(f"{arguments.results} has no ratio for this choice")
