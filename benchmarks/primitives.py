@@ -21,6 +21,8 @@ from torch import Tensor
 FLOOR = "blas"
 TRITON = "triton"
 UPDATE_OFF = "triton-update-off"
+HOPPER = "hopper"
+HOPPER_OFF = "hopper-update-off"
 ONE_LAUNCH = "triton-one-launch"
 
 
@@ -60,14 +62,18 @@ def products(problem: Problem) -> dict[str, Callable[[], Product]]:
         # Rank 0: the same kernel and tiles, its loop over the ranks empty.
         off = (u[:, :0], v[:0])
         base = rows.double() @ right.double()
-        return Product(
+        whole = base + p.alpha * (u.double() @ v.double())
+        product = Product(
             lambda: torch.mm(rows, right),
             {
                 TRITON: lambda: gemm(rows, right, u, v, p.alpha, config),
                 UPDATE_OFF: lambda: gemm(rows, right, *off, p.alpha, config),
             },
-            {FLOOR: base, UPDATE_OFF: base, TRITON: base + p.alpha * (u.double() @ v.double())},
+            {FLOOR: base, UPDATE_OFF: base, TRITON: whole},
         )
+        if p.device.type == "cuda" and torch.cuda.get_device_capability(p.device) == (9, 0) and s.M >= 128:
+            _add_hopper(product, rows, right, u, v, p.alpha, whole)
+        return product
 
     def forward() -> Product:
         right = p.weight.t()
@@ -97,6 +103,22 @@ def products(problem: Problem) -> dict[str, Callable[[], Product]]:
         "dA": lambda: summed(p.dy, h, config["dA"]),
         "dB": lambda: summed(x, g, config["dB"]),
     }
+
+
+def _add_hopper(
+    product: Product, rows: Tensor, right: Tensor, u: Tensor, v: Tensor, alpha: float, whole
+) -> None:
+    """The warp-specialised loop beside the classic one, with the update and without it."""
+    from fastlora.kernels import configs, hopper
+
+    by_rows = right.stride(1) == 1
+    right, v = (right, v) if by_rows else (right.t(), v.t())
+    off = (u[:, :0], v[:0] if by_rows else v[:, :0])
+    sms = torch.cuda.get_device_properties(rows.device).multi_processor_count
+    config = configs.select_hopper(sms, u.shape[1])
+    product.kernels[HOPPER] = lambda: hopper.gemm(rows, right, u, v, alpha, config, None, by_rows)
+    product.kernels[HOPPER_OFF] = lambda: hopper.gemm(rows, right, *off, alpha, config, None, by_rows)
+    product.exact.update({HOPPER: whole, HOPPER_OFF: product.exact[FLOOR]})
 
 
 def failures(product: Product) -> dict[str, str]:

@@ -27,8 +27,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastlora.kernels import configs, gemm, group, project, small, token_sum
+from fastlora.kernels import configs, gemm, group, hopper, project, small, token_sum
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 32, 64, 128, 256)
@@ -101,6 +103,11 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
             found += [Case("group_dx", arch, M, R, branches=branches, backward=True) for M in ROWS]
         found += [Case("group_dx", arch, M, 48, dropout=True, branches=3, backward=True) for M in ROWS]
         found.append(Case("group_dx", arch, 8192, 48, dtype="fp16", branches=3, backward=True))
+        if arch == 90:
+            found += [
+                Case("hopper", arch, 8192, R, backward=dx) for R in (16, *RANKS[1:]) for dx in (False, True)
+            ]
+            found.append(Case("hopper", arch, 8192, 16, dtype="fp16", adapter="fp16"))
     return found
 
 
@@ -197,12 +204,30 @@ def _group_dx_source(case: Case):
     return group._group_dx_kernel, signature, config
 
 
+def _hopper_source(case: Case):
+    config = configs.select_hopper(SMS, case.R)
+    element = gl.bfloat16 if case.dtype == "bf16" else gl.float16
+    signature = {}
+    for name, block in hopper.blocks(config, q_by_rows=case.backward).items():
+        layout = gl.NVMMASharedLayout.get_default_for(block, element)
+        signature[name] = f"tensordesc<{case.dtype}[{block[0]},{block[1]}],{layout!r}>"
+    signature |= {
+        "bias_ptr": None if case.backward else f"*{case.dtype}", "scale": "fp32",
+        "M": "i32", "D": "i32", "E": "i32",
+        "BLOCK_R": config.block_r, "RANK_STEPS": -(-case.R // config.block_d), "GROUP_M": config.group_m,
+        "SLOTS": config.slots, "Q_BY_ROWS": case.backward, "HAS_BIAS": not case.backward,
+        "num_warps": hopper.NUM_WARPS,
+    }  # fmt: skip
+    return hopper._hopper_kernel, signature, config
+
+
 _SOURCES = {
     "project": _project_source,
     "gemm": _gemm_source,
     "token_sum": _token_sum_source,
     "small": _small_source,
     "group_dx": _group_dx_source,
+    "hopper": _hopper_source,
 }
 # Arguments whose values the launcher sees as multiples of 16 in these cases; the rank only from 16 on.
 _NEVER_DIVISIBLE = {"keep_threshold", "keep_scale", "scale"}
@@ -220,10 +245,17 @@ def compile_case(case: Case) -> Row:
         rank_sized = name in ("R", "stride_um", "stride_hm", "stride_an") or (
             name == "stride_qd" and case.backward
         )
-        if name not in _NEVER_DIVISIBLE and not (rank_sized and case.R % 16):
+        aligned = value.startswith("*") or value == "i32"
+        if aligned and name not in _NEVER_DIVISIBLE and not (rank_sized and case.R % 16):
             attrs[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if case.kernel == "hopper":
+        source, options = (
+            GluonASTSource(kernel, signature, constexprs, attrs),
+            {"num_warps": hopper.NUM_WARPS},
+        )
+    else:
+        source = ASTSource(kernel, signature, constexprs, attrs)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     registers, spills, warnings = _ptxas(compiled.asm["ptx"])
     mma, mma_count, async_copies = _instructions(compiled.asm["cubin"])

@@ -8,6 +8,7 @@ the real number of tokens. Only this module imports the kernels, when the first 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import reference
+from fastlora.kernels.configs import HopperConfig, select_gemm
 from fastlora.planner import (
     GroupPlan,
     Plan,
@@ -99,6 +101,8 @@ def _gemm(
 ) -> Tensor:
     """p: (M, D) @ q: (D, E) + scale * drop(u: (M, R) @ v: (R, E)) + bias: (E,) -> (M, E) in p's dtype."""
     if step.path == "triton":
+        if isinstance(step.config, HopperConfig):
+            return _hopper_gemm(step.config, p, q, u, v, scale, bias)
         from fastlora.kernels.gemm import gemm
 
         if drop is None:
@@ -112,6 +116,24 @@ def _gemm(
     if drop is None:
         return c.addmm_(u, v.to(p.dtype), alpha=scale)
     return c.addcmul_(torch.mm(u, v.to(p.dtype)), drop.keep(), value=scale * drop.scale)
+
+
+def _hopper_gemm(
+    config: HopperConfig, p: Tensor, q: Tensor, u: Tensor, v: Tensor, scale: float, bias: Tensor | None
+) -> Tensor:
+    """What :func:`_gemm` computes by the loop that reads through TMA, or the other where that cannot."""
+    from fastlora.kernels import gemm, hopper
+
+    by_rows = q.stride(1) == 1
+    right, update = (q, v) if by_rows else (q.t(), v.t())
+    update = update.to(p.dtype)
+    obstacle = hopper.why_not(p, right, u, update)
+    if obstacle is None:
+        bias = None if bias is None else bias.contiguous()
+        return hopper.gemm(p, right, u, update, scale, config, bias, by_rows)
+    warnings.warn(f"fastlora: {obstacle}; the other gemm kernel runs", RuntimeWarning, stacklevel=2)
+    other = select_gemm(90, p.shape[0], q.shape[1], u.shape[1], p.element_size(), dropout=False)
+    return gemm.gemm(p, q, u, v, scale, other, bias)
 
 
 def _token_sum(

@@ -72,6 +72,9 @@ ROOFLINES = {
 # Share of the memory's rate that a skinny product reaches, and one kernel's launch in seconds: estimates.
 _TRITON_SKINNY, _CUBLAS_SKINNY = 0.85, 0.60
 _LAUNCH = 4e-6
+# Triton releases under which the Gluon kernel compiles (Gluon's names change), and the fewest tokens for it.
+_HOPPER_TRITON = ("3.6", "3.7", "3.8", "3.9")
+_HOPPER_TOKENS = 128
 # How much faster than memory the L2 cache is at the least: an estimate, for what every program reads again.
 _L2 = 1.3
 
@@ -383,10 +386,27 @@ def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
         if primitive == "project":
             config = configs.select_project(capability, M, R, itemsize)
         elif primitive == "gemm":
-            config = configs.select_gemm(capability, M, E, R, itemsize, problem.dropout and name == "dx")
+            config = hopper_config(problem, name) or configs.select_gemm(
+                capability, M, E, R, itemsize, problem.dropout and name == "dx"
+            )
         else:
             config = configs.select_token_sum(capability, problem.device.sms or 8, M, D, R, itemsize)
     return Step(primitive, path, config, reason)
+
+
+def hopper_config(problem: Problem, name: str) -> configs.HopperConfig | None:
+    """The configuration of the warp-specialised loop for y or dx, None where not asked for or it cannot run.
+
+    It has not been measured, so only ``FASTLORA_HOPPER=1``, set before the first plan, asks for it.
+    """
+    p = problem
+    if os.environ.get("FASTLORA_HOPPER", "0") != "1" or p.device.capability != 90:
+        return None
+    if p.dtype not in _HALF or p.M < _HOPPER_TOKENS or any(size % 8 for size in (p.N, p.K, p.R)):
+        return None  # TMA reads rows that begin at multiples of 16 bytes.
+    if (p.dropout and name == "dx") or measured.triton_version() not in _HOPPER_TRITON:
+        return None
+    return configs.select_hopper(p.device.sms or 132, p.R)
 
 
 def _chosen_plan(problem: Problem) -> Plan:
@@ -439,6 +459,9 @@ def _estimated_step(problem: Problem, name: str) -> Step:
         )
     if problem.dropout and name in DROPPED:
         reason = "dropout: only the kernels apply it without writing a mask"
+        return Step(kernel.primitive, "triton", kernel.config, reason)
+    if isinstance(kernel.config, configs.HopperConfig):
+        reason = "FASTLORA_HOPPER=1 asks for the warp-specialised loop, which has not been measured"
         return Step(kernel.primitive, "triton", kernel.config, reason)
     reason, faster = _compare(problem, name, kernel.config)
     return (

@@ -1,16 +1,24 @@
 """The Gluon kernel for Hopper without one: its source emulated, and what the compiler makes of it."""
 
+import csv
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import gluon_emulator
 import pytest
 import torch
+from cases import assert_matches, differentiate, eager_errors, exact, fused, tensors
 from tolerance import assert_as_accurate
 
+import fastlora
+from fastlora import planner
 from fastlora.kernels import configs
 
 KERNEL = Path(configs.__file__).with_name("hopper.py")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 # Small tiles with the proportions of the real ones keep the emulation quick.
 CONFIG = configs.HopperConfig(block_m=16, block_e=32, block_d=8, block_r=8, group_m=2, slots=4, programs=3)
 
@@ -89,11 +97,6 @@ def _expect_too_little(module):
     module.mbarrier.expect = lambda barrier, size: expect(barrier, size // 2)
 
 
-def _one_slot_ahead(module):
-    step = module._next
-    module._next = lambda slot, phase, slots: step(*step(slot, phase, slots), slots)
-
-
 @pytest.mark.parametrize(
     "fault", [_free_before_waiting, _never_free, _no_fence, _no_store_wait, _expect_too_little]
 )
@@ -101,3 +104,152 @@ def test_emulation_finds(fault, monkeypatch):
     monkeypatch.setattr(gluon_emulator, "PATIENCE", 0.3)
     with pytest.raises((AssertionError, gluon_emulator.Deadlock)):
         assert_right(32, 80, 32, 8, programs=1, change=fault)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """What the compiler makes of the kernel, in a process of its own: the interpreter is on in this one."""
+    folder = tmp_path_factory.mktemp("static")
+    command = [sys.executable, str(BENCHMARKS / "static.py"), "--out", str(folder)]
+    subprocess.run([*command, "--kernel", "hopper", "--arch", "90"], check=True, capture_output=True)
+    with open(folder / "static.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_compiled(rows):
+    """Bounds with their reasons; the counts are those of triton 3.6 to 3.8."""
+    assert {int(row["rank"]) for row in rows} == {16, 32, 64, 128, 256}
+    for row in rows:
+        rank = int(row["rank"])
+        assert int(row["spills"]) == 0, row
+        # 12 warps share 65,536 registers; the accumulator alone takes 128 of each consumer thread's.
+        assert int(row["registers"]) <= 168, row
+        assert int(row["shared_bytes"]) <= configs.SHARED_MEMORY[90], row
+        config = configs.select_hopper(132, rank)
+        assert int(row["shared_bytes"]) <= config.shared_bytes(2), row
+        assert row["warnings"] == "", "ptxas serialised wgmma"
+        assert row["mma"] == "HGMMA", row
+        # wgmma is 16 deep: four for a slot of the main loop, and those of one slot of the update.
+        assert int(row["mma_count"]) == 4 + min(max(rank, 16), 64) // 16, row
+        # Two steps load through TMA, or more where the loop over the ranks is unrolled; a box is at most 64
+        # columns wide, so W by rows takes four for its 256.
+        each = 5 if row["backward"] == "True" else 2
+        assert int(row["async_copies"]) >= 2 * each, row
+        assert int(row["async_copies"]) % each == 0, row
+
+
+def test_a_slot_is_freed_by_all_consumers(tmp_path):
+    """One thread arrives for 256, so a barrier must stand between the end of a product and the arrival."""
+    script = tmp_path / "ptx.py"
+    script.write_text(
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import static\n"
+        "case = static.Case('hopper', 90, 8192, 16)\n"
+        "real = static._ptxas\n"
+        "static._ptxas = lambda ptx: print(ptx) or real(ptx)\n"
+        "static.compile_case(case)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, str(script), str(BENCHMARKS)], check=True, capture_output=True, text=True
+    )
+    steps = re.findall(r"wgmma\.wait_group|bar\.sync|mbarrier\.arrive\.shared", run.stdout)
+    arrivals = [i for i, step in enumerate(steps) if step.startswith("mbarrier")]
+    assert len(arrivals) == 3  # the update, the main loop, and its end
+    for i in arrivals:
+        assert steps[i - 2 : i] == ["wgmma.wait_group", "bar.sync"], steps[max(0, i - 3) : i + 1]
+
+
+H100 = planner.Device("cuda", "H100", 90, 132)
+
+
+def problem(**changes):
+    fields = {"device": H100, "dtype": torch.bfloat16, "M": 4096, "N": 1024, "K": 4096, "R": 16}
+    return planner.Problem(**{**fields, **changes})
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    monkeypatch.setenv("FASTLORA_HOPPER", "1")
+    planner.forget_plans()
+    yield
+    planner.forget_plans()
+
+
+def test_off_unless_asked_for():
+    planner.forget_plans()
+    plan = planner.make_plan(problem())
+    assert not isinstance(plan.y.config, configs.HopperConfig)
+
+
+def test_plan(asked_for):
+    plan = planner.make_plan(problem())
+    for step in (plan.y, plan.dx):
+        assert step.config == configs.select_hopper(132, 16)
+        assert step.path == "triton"
+        assert "has not been measured" in step.reason
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": planner.Device("cuda", "A100", 80, 108)},
+        {"device": planner.Device("cuda", "B200", 100, 148)},
+        {"M": 64},
+        {"N": 1020},
+        {"K": 4092},
+        {"R": 12},
+        {"dtype": torch.float32},
+    ],
+)
+def test_plan_where_it_cannot_run(asked_for, changes):
+    plan = planner.make_plan(problem(**changes), "triton")
+    assert isinstance(plan.y.config, configs.GemmConfig | configs.SmallConfig)
+
+
+def test_plan_with_dropout(asked_for):
+    plan = planner.make_plan(problem(dropout=True))
+    assert isinstance(plan.y.config, configs.HopperConfig)
+    assert isinstance(plan.dx.config, configs.GemmConfig)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not HOPPER, reason="no GPU of sm_90")
+@pytest.mark.parametrize("q_by_rows", [False, True], ids=["forward", "dx"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("M", "D", "E", "R"),
+    [
+        (128, 64, 256, 16),
+        (1000, 1032, 520, 8),
+        (77, 200, 4096, 64),
+        (4096, 4096, 1024, 136),
+        (513, 64, 264, 256),
+    ],
+)
+def test_on_a_gpu(M, D, E, R, dtype, q_by_rows, poisoned_empty):
+    from fastlora.kernels import hopper
+
+    matrices_ = [t.cuda() for t in matrices(M, D, E, R, dtype, q_by_rows)]
+    p, q, u, v, bias = matrices_
+    config = configs.select_hopper(torch.cuda.get_device_properties(0).multi_processor_count, R)
+    actual = hopper.gemm(p, q, u, v, 1.5, config, bias, q_by_rows)
+    right, update = (q, v) if q_by_rows else (q.t(), v.t())
+
+    def formula(cast):
+        return cast(p) @ cast(right) + 1.5 * (cast(u) @ cast(update)) + cast(bias)
+
+    assert_as_accurate(actual, formula(lambda t: t), formula(lambda t: t.double()), "c")
+    for _ in range(20):  # the same bits again and again: a race would show
+        assert torch.equal(hopper.gemm(p, q, u, v, 1.5, config, bias, q_by_rows), actual)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not HOPPER, reason="no GPU of sm_90")
+def test_layer_on_a_gpu(asked_for):
+    case = tensors(640, 512, 1024, 16, torch.bfloat16, torch.float32, device="cuda")
+    wanted = ("x", "A", "B", "bias")
+    assert isinstance(
+        fastlora.plan(case.x, case.weight, case.A, case.B, case.bias).y.config, configs.HopperConfig
+    )
+    actual = differentiate(fused(1.5), case, wanted)
+    assert_matches(actual, exact(case, 1.5), eager_errors(case, 1.5))
