@@ -22,6 +22,9 @@ _HOOK_DICTS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -31,6 +34,13 @@ def _keep_fast_path_off(module: nn.Module, inputs: tuple) -> None:
     In eval mode ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` itself and never calls the layer, so
     an adapter would be silently ignored; it does not where a submodule has a hook.
     """
+
+
+def _rebind_load_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Hand on what runs before ``load_state_dict``; such a hook holds its module, so each is wrapped anew."""
+    for key, hook in source._load_state_dict_pre_hooks.items():
+        bound = target if getattr(hook, "with_module", False) else None
+        target._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, bound)
 
 
 def _copy_attributes(source: nn.Module, target: nn.Module) -> None:
@@ -173,6 +183,7 @@ class FusedLoRALinear(nn.Linear):
             if getattr(linear, name, None):
                 # The very same dictionary: a handle that removes a hook keeps working.
                 setattr(layer, name, getattr(linear, name))
+        _rebind_load_hooks(linear, layer)
         layer._is_full_backward_hook = linear._is_full_backward_hook
         layer.training = linear.training
         _copy_attributes(linear, layer)
@@ -326,6 +337,7 @@ class FusedLoRALinear(nn.Linear):
                 del hooks[key]
             if hooks:
                 setattr(linear, name, hooks)
+        _rebind_load_hooks(self, linear)
         linear._is_full_backward_hook = self._is_full_backward_hook
         linear.training = self.training
         _copy_attributes(self, linear)

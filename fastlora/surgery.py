@@ -9,6 +9,7 @@ copy with the model and are in no state_dict, so that :func:`disable_adapter` ca
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -601,13 +602,18 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: no adapted layer, or the model itself is one (use its ``to_linear``); a weight that
-            another module holds too (tied embeddings); an update that is not finite; inside
-            ``disable_adapter``. The model is left as it was.
+            another module holds too (tied embeddings); an update that is not finite; a model that FSDP2
+            shards; inside ``disable_adapter``. The model is left as it was.
     """
     layers = _require_layers(model, "merge_lora")
     if isinstance(model, FusedLoRALinear):
         raise ValueError("merge_lora: the model itself is the adapted layer; use its to_linear()")
     check_enabled(model, "merge_lora")
+    if _is_fully_sharded(model):
+        raise ValueError(
+            "merge_lora: fully_shard holds the model's layers, which cannot be replaced; save_adapter, then "
+            "load_adapter and merge_lora on a model that is whole"
+        )
     shared = _shared_weights(model)
     for path, layer in layers.items():
         if layer.merged:
@@ -638,6 +644,12 @@ def merge_lora(model: nn.Module) -> nn.Module:
             for name in [name for name in module._buffers if name.startswith(_ORIGINAL)]:
                 delattr(module, name)
     return ungroup_projections(model)
+
+
+def _is_fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards a part of the model; importing it takes a while, so it is only looked up."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
 
 
 def _require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinear]:

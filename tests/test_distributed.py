@@ -55,6 +55,9 @@ class TestFSDP2:
     def test_float32_adapters_on_a_bfloat16_base(self, pair):
         pair.run(workers.fsdp, *HALF_BASE, False, {})
 
+    def test_refuses_to_merge(self, pair):
+        pair.run(workers.fsdp_refuses_to_merge)
+
     def test_one_group_for_the_whole_model(self, pair):
         pair.run(workers.fsdp_root_only)
 

@@ -1064,3 +1064,21 @@ class TestTransformerEncoderLayer:
         for name, linear in plain.items():
             setattr(block, name, linear)
         check()
+
+
+def _state_dict_hooks(linear, seen):
+    """One hook of each kind around state_dict and load_state_dict, which notes that it ran and on what."""
+    linear.register_state_dict_pre_hook(lambda module, prefix, keep: seen.append(("before saving", module)))
+    linear._register_state_dict_hook(lambda module, state, prefix, local: seen.append(("saved", module)))
+    linear.register_load_state_dict_pre_hook(lambda module, *rest: seen.append(("before loading", module)))
+    linear.register_load_state_dict_post_hook(lambda module, keys: seen.append(("loaded", module)))
+
+
+def test_state_dict_hooks_go_on_both_ways():
+    linear, seen = nn.Linear(5, 4), []
+    _state_dict_hooks(linear, seen)
+    layer = FusedLoRALinear.from_linear(linear, 2)
+    for module in (layer, layer.to_linear()):
+        seen.clear()
+        module.load_state_dict(module.state_dict())
+        assert seen == [(kind, module) for kind in ("before saving", "saved", "before loading", "loaded")]

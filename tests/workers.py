@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -203,6 +204,14 @@ def fsdp(rank, dtype, adapter_dtype, recompute, options):
         assert parameter.to_local().numel() < parameter.numel(), f"{name} is not sharded"
     half = dtype != torch.float32
     train_beside(rank, net, model(dtype, adapter_dtype), **({"rtol": 0.05, "atol": 5e-3} if half else {}))
+
+
+def fsdp_refuses_to_merge(rank):
+    net = _sharded(model())
+    before = [type(module) for module in net.modules()]
+    with pytest.raises(ValueError, match="fully_shard holds the model's layers"):
+        fastlora.merge_lora(net)
+    assert [type(module) for module in net.modules()] == before
 
 
 def fsdp_root_only(rank):
