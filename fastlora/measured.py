@@ -31,6 +31,7 @@ PATHS = ("small", "triton", "addmm")
 DTYPES = ("float16", "bfloat16")
 # Rows decide for N and K up to a factor of two to this away from theirs; M and R have buckets.
 _NEAR = 0.5
+HOPPER = "+hopper"
 _SHIPPED = Path(__file__).with_name("measured.csv")
 
 
@@ -221,14 +222,22 @@ def _load(path: Path, source: str) -> Table:
         return Table()
 
 
+def hopper_asked_for() -> bool:
+    """Whether ``FASTLORA_HOPPER=1`` asks for the warp-specialised loop, which has not been measured."""
+    return os.environ.get("FASTLORA_HOPPER", "0") == "1"
+
+
 @functools.cache
 def triton_version() -> str:
-    """The installed Triton as "major.minor"; "" where there is none. Rows of another one do not count."""
+    """The installed Triton as "major.minor"; "" where there is none. Rows of another one do not count.
+
+    ``FASTLORA_HOPPER=1`` puts another kernel behind y and dx, so its rows are kept apart by a suffix.
+    """
     try:
         found = re.match(r"\d+\.\d+", importlib.metadata.version("triton"))
     except importlib.metadata.PackageNotFoundError:
         return ""
-    return found.group() if found else ""
+    return found.group() + HOPPER * hopper_asked_for() if found else ""
 
 
 @functools.cache
@@ -271,7 +280,7 @@ def failed(
 
 def forget() -> None:
     """Read the files again when the next plan is made."""
-    for cached in (_user_table, _shipped_table, _tables):
+    for cached in (_user_table, _shipped_table, _tables, triton_version):
         cached.cache_clear()
 
 

@@ -73,7 +73,7 @@ ROOFLINES = {
 _TRITON_SKINNY, _CUBLAS_SKINNY = 0.85, 0.60
 _LAUNCH = 4e-6
 # Triton releases under which the Gluon kernel compiles (Gluon's names change), and the fewest tokens for it.
-_HOPPER_TRITON = ("3.6", "3.7", "3.8", "3.9")
+_HOPPER_TRITON = tuple(f"{version}{measured.HOPPER}" for version in ("3.6", "3.7", "3.8", "3.9"))
 _HOPPER_TOKENS = 128
 # How much faster than memory the L2 cache is at the least: an estimate, for what every program reads again.
 _L2 = 1.3
@@ -400,7 +400,7 @@ def hopper_config(problem: Problem, name: str) -> configs.HopperConfig | None:
     It has not been measured, so only ``FASTLORA_HOPPER=1``, set before the first plan, asks for it.
     """
     p = problem
-    if os.environ.get("FASTLORA_HOPPER", "0") != "1" or p.device.capability != 90:
+    if not measured.hopper_asked_for() or p.device.capability != 90:
         return None
     if p.dtype not in _HALF or p.M < _HOPPER_TOKENS or any(size % 8 for size in (p.N, p.K, p.R)):
         return None  # TMA reads rows that begin at multiples of 16 bytes.

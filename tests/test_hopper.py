@@ -13,7 +13,7 @@ from cases import assert_matches, differentiate, eager_errors, exact, fused, ten
 from tolerance import assert_as_accurate
 
 import fastlora
-from fastlora import planner
+from fastlora import measured, planner
 from fastlora.kernels import configs
 
 KERNEL = Path(configs.__file__).with_name("hopper.py")
@@ -204,6 +204,13 @@ def test_plan(asked_for):
 def test_plan_where_it_cannot_run(asked_for, changes):
     plan = planner.make_plan(problem(**changes), "triton")
     assert isinstance(plan.y.config, configs.GemmConfig | configs.SmallConfig)
+
+
+def test_its_measured_rows_are_kept_apart(asked_for, monkeypatch):
+    assert measured.triton_version().endswith("+hopper")
+    monkeypatch.delenv("FASTLORA_HOPPER")
+    planner.forget_plans()
+    assert re.fullmatch(r"\d+\.\d+", measured.triton_version())
 
 
 def test_plan_with_dropout(asked_for):
