@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastlora.kernels import configs, gemm, group, hopper, project, small, token_sum
+from fastlora.kernels import backward, configs, gemm, group, hopper, project, small, token_sum
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 32, 64, 128, 256)
@@ -88,6 +88,7 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
             found += [Case("project", arch, M, R) for M in (16, 8192)]
             found += [Case("gemm", arch, M, R) for M in ROWS]
             found.append(Case("token_sum", arch, 8192, R))
+            found += [Case("backward", arch, M, R, backward=True) for M in (16, 8192)]
             found += [Case("small", arch, 16, R, features=N) for N in SMALL_FEATURES]
         for R in (16, 64):
             found += [Case("project", arch, M, R, dropout=True) for M in (16, 8192)]
@@ -98,6 +99,7 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
             found.append(Case(kernel, arch, 8192, 16, dtype="fp16", adapter="fp32"))
             found.append(Case(kernel, arch, 8192, 16, adapter="fp32", backward=True))
         found.append(Case("small", arch, 16, 16, dtype="fp16", adapter="fp32"))
+        found.append(Case("backward", arch, 8192, 16, dtype="fp16", adapter="fp32", backward=True))
         # Sums of ranks that take one block of each size, and several.
         for R, branches in ((16, 2), (32, 3), (64, 4), (192, 3)):
             found += [Case("group_dx", arch, M, R, branches=branches, backward=True) for M in ROWS]
@@ -180,6 +182,21 @@ def _small_source(case: Case):
     return small._small_kernel, signature, config
 
 
+def _backward_source(case: Case):
+    config = configs.select_backward(case.arch, SMS, case.M, FEATURES, case.R, 2)
+    signature = {
+        "dy_ptr": f"*{case.dtype}", "stride_dym": "i32", "stride_dyn": 1,
+        "a_ptr": f"*{case.adapter}", "stride_an": "i32", "stride_ar": 1,
+        "h_ptr": f"*{case.dtype}", "stride_hm": "i32", "stride_hr": 1,
+        "g_ptr": f"*{case.dtype}", "stride_gm": "i32",
+        "dA_ptr": "*fp32", "stride_dAs": "i32", "stride_dAn": "i32", "stride_dAr": 1,
+        "M": "i32", "N": "i32", "R": "i32", "rows": "i32",
+        "BLOCK_M": config.block_m, "STEP_N": config.step_n, "BLOCK_N": config.block_n,
+        "STEP_M": config.step_m, "BLOCK_R": config.block_r, "EVEN_N": True,
+    }  # fmt: skip
+    return backward._backward_kernel, signature, config
+
+
 def _group_dx_source(case: Case):
     config = configs.select_group_dx(case.arch, case.M, FEATURES, case.R, 2, case.dropout)
     signature = {}
@@ -226,6 +243,7 @@ _SOURCES = {
     "gemm": _gemm_source,
     "token_sum": _token_sum_source,
     "small": _small_source,
+    "backward": _backward_source,
     "group_dx": _group_dx_source,
     "hopper": _hopper_source,
 }
@@ -242,7 +260,7 @@ def compile_case(case: Case) -> Row:
             signature[name], constexprs[(index,)] = "constexpr", value
             continue
         signature[name] = value
-        rank_sized = name in ("R", "stride_um", "stride_hm", "stride_an") or (
+        rank_sized = name in ("R", "stride_um", "stride_hm", "stride_an", "stride_gm", "stride_dAn") or (
             name == "stride_qd" and case.backward
         )
         aligned = value.startswith("*") or value == "i32"

@@ -27,6 +27,9 @@ MAX_BRANCHES = 4
 
 # Tensor-core tiles have at least 16 rows and columns, so smaller ranks are padded with zeros in registers.
 _MIN_BLOCK = 16
+# Bytes of dy that the programs of one region of backward share, a quarter of it on sm_86. A few regions in
+# flight at a time should stay in L2: 6 MB on sm_86, some 40 MB or more on the others. Not measured yet.
+REGION_BYTES = 4 * 1024 * 1024
 # Tokens up to which one launch makes h and y: one tile of rows, so that W is read once.
 SMALL_ROWS = 16
 
@@ -114,7 +117,31 @@ class HopperConfig:
         return ring + half_of_c + 256  # and the barriers
 
 
-Config = ProjectConfig | GemmConfig | TokenSumConfig | SmallConfig | HopperConfig
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Programs of backward take a region of ``rows`` rows of dy: (M, N), a multiple of both kinds' blocks.
+
+    One of g takes ``block_m`` of these rows, ``step_n`` columns a step; one of dA takes ``block_n`` columns,
+    ``step_m`` of the rows a step.
+    """
+
+    rows: int
+    block_m: int
+    step_n: int
+    block_n: int
+    step_m: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        # A program is of one kind, so the tiles of both take the same place.
+        g = self.step_n * (self.block_m + self.block_r)
+        dA = self.step_m * (self.block_n + self.block_r)
+        return self.num_stages * max(g, dA) * itemsize
+
+
+Config = ProjectConfig | GemmConfig | TokenSumConfig | SmallConfig | HopperConfig | BackwardConfig
 
 
 def nearest_capability(capability: int) -> int:
@@ -197,6 +224,31 @@ def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize
         (
             TokenSumConfig(block_d, block_m, block_r, splits, num_warps, num_stages)
             for num_stages in (4, 3, 2, 1)
+        ),
+        capability,
+        itemsize,
+    )
+
+
+def select_backward(capability: int, sms: int, M: int, N: int, R: int, itemsize: int) -> BackwardConfig:
+    """The configuration of backward for dy: (M, N) and rank R on a GPU of ``sms`` multiprocessors."""
+    block_r = _rank_block(R)
+    block_m = 64 if M >= 64 * 64 else 16
+    block_n = step_m = 64
+    num_warps = 4 if block_r <= 64 else 8
+    if (nearest_capability(capability), block_r) in ((86, 256), (89, 256), (100, 128)):
+        step_m = 32  # the longer steps spill there
+    # A region stays in L2 while its programs run, but has at least four steps, and rows enough that partial
+    # sums move half the bytes of dy at the most; within this, two programs a multiprocessor.
+    tiles = -(-N // block_n)
+    regions = max(1, -(-(2 * sms - M // block_m) // tiles))
+    region_bytes = REGION_BYTES // 4 if nearest_capability(capability) == 86 else REGION_BYTES
+    blocks = min(region_bytes // (N * itemsize), M // regions) // 64
+    rows = 64 * min(max(4, block_r // 8, blocks), -(-M // 64))
+    return _first_fitting(
+        (
+            BackwardConfig(rows, block_m, step_n, block_n, step_m, block_r, num_warps, num_stages)
+            for step_n, num_stages in ((128, 4), (128, 3), (64, 4), (64, 3), (64, 2), (64, 1), (32, 1))
         ),
         capability,
         itemsize,

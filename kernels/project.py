@@ -14,7 +14,8 @@ from fastlora.kernels.tiles import tile_dot
 
 
 @triton.jit
-def _project_kernel(
+def project_tile(
+    tile_m,
     p_ptr, stride_pm, stride_pd,
     q_ptr, stride_qd, stride_qr,
     h_ptr, stride_hm,
@@ -23,8 +24,9 @@ def _project_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
+    """Writes rows ``tile_m * BLOCK_M`` to ``(tile_m + 1) * BLOCK_M`` of H, all ranks."""
     tl.assume(D > 0)  # Lets ptxas keep wgmma asynchronous: the loop below runs at least once.
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
@@ -53,6 +55,27 @@ def _project_kernel(
 
     h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_r[None, :]
     tl.store(h_ptrs, (acc * keep_scale).to(h_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+
+
+@triton.jit
+def _project_kernel(
+    p_ptr, stride_pm, stride_pd,
+    q_ptr, stride_qd, stride_qr,
+    h_ptr, stride_hm,
+    seed_ptr, keep_threshold, keep_scale,
+    M, D, R,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    project_tile(
+        tl.program_id(0),
+        p_ptr, stride_pm, stride_pd,
+        q_ptr, stride_qd, stride_qr,
+        h_ptr, stride_hm,
+        seed_ptr, keep_threshold, keep_scale,
+        M, D, R,
+        BLOCK_M, BLOCK_D, BLOCK_R, EVEN_D, HAS_DROPOUT,
+    )  # fmt: skip
 
 
 def project(

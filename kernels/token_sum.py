@@ -16,7 +16,8 @@ REDUCE_BLOCK = 1024
 
 
 @triton.jit
-def _token_sum_kernel(
+def token_sum_tile(
+    tile_d, split,
     p_ptr, stride_pm, stride_pd,
     u_ptr, stride_um, stride_ur,
     g_ptr, stride_gs, stride_gd, stride_gr,
@@ -24,8 +25,8 @@ def _token_sum_kernel(
     M, D, R, tokens_per_split,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    tile_d = tl.program_id(0)
-    split = tl.program_id(1).to(tl.int64)
+    """Writes the sums of the tokens of one split over ``BLOCK_D`` columns of P, all ranks."""
+    split = split.to(tl.int64)
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, M)
     tl.assume(last > first)
@@ -55,6 +56,26 @@ def _token_sum_kernel(
 
 
 @triton.jit
+def _token_sum_kernel(
+    p_ptr, stride_pm, stride_pd,
+    u_ptr, stride_um, stride_ur,
+    g_ptr, stride_gs, stride_gd, stride_gr,
+    seed_ptr, keep_threshold,
+    M, D, R, tokens_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    token_sum_tile(
+        tl.program_id(0), tl.program_id(1),
+        p_ptr, stride_pm, stride_pd,
+        u_ptr, stride_um, stride_ur,
+        g_ptr, stride_gs, stride_gd, stride_gr,
+        seed_ptr, keep_threshold,
+        M, D, R, tokens_per_split,
+        BLOCK_M, BLOCK_D, BLOCK_R, HAS_DROPOUT,
+    )  # fmt: skip
+
+
+@triton.jit
 def _reduce_kernel(partial_ptr, g_ptr, size, splits, scale, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -64,6 +85,15 @@ def _reduce_kernel(partial_ptr, g_ptr, size, splits, scale, BLOCK: tl.constexpr)
         acc += tl.load(partial_ptrs, mask=mask, other=0.0)
         partial_ptrs += size
     tl.store(g_ptr + offs, (acc * scale).to(g_ptr.dtype.element_ty), mask=mask)
+
+
+def reduce_partials(partial: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """partial: (splits, D, R), fp32, contiguous -> ``scale`` * its sum over splits: (D, R) in ``dtype``."""
+    splits, *shape = partial.shape
+    g = torch.empty(shape, dtype=dtype, device=partial.device)
+    size = g.numel()
+    _reduce_kernel[(triton.cdiv(size, REDUCE_BLOCK),)](partial, g, size, splits, scale, BLOCK=REDUCE_BLOCK)
+    return g
 
 
 def token_sum(
@@ -96,6 +126,4 @@ def token_sum(
         BLOCK_M=config.block_m, BLOCK_D=config.block_d, BLOCK_R=config.block_r, HAS_DROPOUT=seed is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    g = torch.empty(shape, dtype=dtype, device=p.device)
-    _reduce_kernel[(triton.cdiv(D * R, REDUCE_BLOCK),)](partial, g, D * R, splits, scale, BLOCK=REDUCE_BLOCK)
-    return g
+    return reduce_partials(partial, scale, dtype)
