@@ -59,7 +59,7 @@ from timing import Budget  # noqa: E402
 
 SECTIONS = {
     "correctness": "the tests marked cuda and each provider's check",
-    "mainloop": "the kernels of the six products against BLAS, y and dx with the update off too",
+    "mainloop": "the kernels of the products against BLAS, y and dx with the update off too",
     "forward": "training forward",
     "backward": "dx, dA and dB of a kept forward",
     "both": "forward and backward",
@@ -68,7 +68,7 @@ SECTIONS = {
     "dropout": "forward and backward with dropout 0.1",
 }
 TRAINING = ("forward", "backward", "both")
-PRODUCTS = ("y", "dx", "h", "g", "dA", "dB")
+PRODUCTS = ("y", "dx", "h", "g", "dA", "dB", "g+dA")
 # Odd sizes and ranks for the check alone, beside an LLM layer.
 CHECK_SHAPES = [Shape(333, 515, 1029, 24), Shape(70, 1000, 77, 3), Shape(512, 4096, 4096, 16)]
 # Share of the minutes kept for pictures and tables, and its upper bound in seconds.

@@ -23,7 +23,7 @@ import results  # noqa: E402
 import shapes  # noqa: E402
 import timing  # noqa: E402
 from measure import Checks, Plan, measure  # noqa: E402
-from primitives import UPDATE_OFF, failures, products  # noqa: E402
+from primitives import ONE_LAUNCH, UPDATE_OFF, failures, products  # noqa: E402
 from providers import PROVIDERS, Layer, Provider, Unavailable, make_problem  # noqa: E402
 from shapes import Shape  # noqa: E402
 
@@ -183,15 +183,22 @@ def test_select_names_the_floor_and_refuses_unknown_names():
 
 
 def test_products_are_checked():
-    """The kernels of the six products, in the interpreter or on a GPU; and a wrong value is seen."""
+    """The kernels of the products, in the interpreter or on a GPU; and a wrong value is seen."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = products(make_problem(Shape(19, 24, 17, 3), torch.float32, device, bias=False))
-    assert list(made) == ["y", "dx", "h", "g", "dA", "dB"]
+    assert list(made) == ["y", "dx", "h", "g", "dA", "dB", "g+dA"]
     product = made["y"]()
     assert failures(product) == {}
     kernels = {name: (lambda run=run: run() * 1.01) for name, run in product.kernels.items()}
     wrong = failures(replace(product, kernels=kernels))
     assert wrong.keys() == {"triton", UPDATE_OFF}
+
+    pair = made["g+dA"]()
+    assert failures(pair) == {}
+    g, dA = pair.kernels[ONE_LAUNCH]()
+    for altered in ((g * 1.01, dA), (g, dA * 1.01)):
+        wrong = failures(replace(pair, kernels={**pair.kernels, ONE_LAUNCH: lambda altered=altered: altered}))
+        assert wrong.keys() == {ONE_LAUNCH}
 
 
 # --- Timing ---
