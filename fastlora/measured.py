@@ -228,16 +228,21 @@ def hopper_asked_for() -> bool:
 
 
 @functools.cache
+def _installed_triton() -> str:
+    try:
+        found = re.match(r"\d+\.\d+", importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return found.group() if found else ""
+
+
 def triton_version() -> str:
     """The installed Triton as "major.minor"; "" where there is none. Rows of another one do not count.
 
     ``FASTLORA_HOPPER=1`` puts another kernel behind y and dx, so its rows are kept apart by a suffix.
     """
-    try:
-        found = re.match(r"\d+\.\d+", importlib.metadata.version("triton"))
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    return found.group() + HOPPER * hopper_asked_for() if found else ""
+    version = _installed_triton()
+    return version + HOPPER if version and hopper_asked_for() else version
 
 
 @functools.cache
@@ -280,7 +285,7 @@ def failed(
 
 def forget() -> None:
     """Read the files again when the next plan is made."""
-    for cached in (_user_table, _shipped_table, _tables, triton_version):
+    for cached in (_user_table, _shipped_table, _tables):
         cached.cache_clear()
 
 
