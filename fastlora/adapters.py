@@ -16,7 +16,7 @@ import shutil
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -519,8 +519,12 @@ def _number(value: object, name: str) -> float:
 def _read_weights(directory: Path) -> dict[str, Tensor]:
     path = directory / WEIGHTS_NAME
     if path.is_file():
-        safetensors = _safetensors()
-        read: Callable[[Path], object] = safetensors.load_file
+        load = _safetensors().load
+
+        def read(path: Path) -> object:
+            # load_file opens the file twice, and another process may replace it in between.
+            return load(path.read_bytes())
+
     else:
         path = directory / PICKLED_WEIGHTS_NAME
         if not path.is_file():
