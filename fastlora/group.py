@@ -223,9 +223,6 @@ def lora_linear_group(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # torch.func.grad, vmap and their like differentiate and batch PyTorch's own operations.
         return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # torch.func.grad, vmap and their like differentiate and batch PyTorch's own operations.
-        return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
     if dropout == 0.0:
         seed = None
     elif seed is None:
