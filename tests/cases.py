@@ -171,5 +171,23 @@ def keep_factors(seed, case, dropout):
     return mask.double() / (1 - dropout) if dropout < 1 else mask.double()
 
 
+def saved_for_backward(function, case, wanted):
+    """Tensors that autograd keeps for backward and that share no storage with the case's tensors."""
+    leaves = {name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}
+    for name in wanted:
+        leaves[name] = leaves[name].detach().requires_grad_()
+    known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    kept = []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function(**leaves)
+    return y, kept
+
+
 def bits_equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)

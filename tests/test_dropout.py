@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import RUNS, bits_equal, differentiate, every_run, fused, tensors
+from cases import RUNS, bits_equal, differentiate, every_run, fused, saved_for_backward, tensors
 from torch import nn
 
 import fastlora
@@ -167,19 +167,7 @@ class TestWhatIsDrawn:
     def test_saved_beside_the_arguments(self, run, wanted):
         """h, where dA needs it, and the seed: not the mask, not a dropped x, not even as bits."""
         case = tensors(64, 24, 256, 4, torch.float16, device=run.device)
-        leaves = {name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}
-        for name in wanted:
-            leaves[name] = leaves[name].detach().requires_grad_()
-        known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
-        kept = []
-
-        def pack(tensor):
-            if tensor.untyped_storage().data_ptr() not in known:
-                kept.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = fused(1.0, 0.5, path=run.path)(**leaves)
+        y, kept = saved_for_backward(fused(1.0, 0.5, path=run.path), case, wanted)
         assert y.requires_grad
         sizes = sorted(tensor.numel() for tensor in kept)
         assert sizes == ([1, 64 * 4] if "A" in wanted else [1])

@@ -15,6 +15,7 @@ from cases import (
     exact,
     fused,
     keep_factors,
+    saved_for_backward,
     tensors,
 )
 from tolerance import LAYOUTS, errors, lay_out
@@ -191,24 +192,6 @@ class TestLargeOffsets:
         for name in ("y", "x", "A", "B"):
             if name in vars(ours):
                 assert_matches(ours, truth, {name: yardstick[name]})
-
-
-def saved_for_backward(function, case, wanted):
-    """Tensors that autograd keeps for backward and that share no storage with the case's tensors."""
-    leaves = {name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}
-    for name in wanted:
-        leaves[name] = leaves[name].detach().requires_grad_()
-    known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
-    kept = []
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function(**leaves)
-    return y, kept
 
 
 def products(function):
