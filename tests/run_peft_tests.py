@@ -2,10 +2,11 @@
 
     python tests/run_peft_tests.py DIRECTORY [--limit SECONDS] [pytest arguments]
 
-DIRECTORY is the tests folder of a checkout of PEFT at the installed version; without pytest arguments PEFT's
-LoRA tests below run. Those that fail plain (without a network, most that load a model do) count for nothing.
-Exits with 1 if a test fails only when fused, or if nothing was fused. PEFT's tests need the packages
-``datasets``, ``diffusers``, ``parameterized`` and ``scipy``.
+DIRECTORY is the tests folder of PEFT at the installed version, from a checkout or from the source archive
+(``pip download --no-deps --no-binary :all: peft==VERSION``); without pytest arguments PEFT's LoRA tests below
+run. Those that fail plain (without a network, most that load a model do) count for nothing. Exits with 1 if a
+test fails only when fused, or if nothing was fused. PEFT's tests need the packages ``attrs``, ``datasets``,
+``diffusers``, ``parameterized`` and ``scipy``.
 
 This file is also the pytest plugin of both runs: it writes one JSON line for every test and, when fusing, one
 with the number of forward calls by reason.
@@ -16,12 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +41,13 @@ DEFAULT = (
     "test_mixed.py",
     "test_lora_conversion.py",
     "test_initialization.py",
+    "test_lora_ga.py",
+    "test_lora_intruders.py",
+    "test_lorafa.py",
+    "test_loraplus.py",
+    "test_riemannian_lora.py",
+    "test_velora.py",
+    "test_other.py",
     "-k",
     "lora or Lora or LoRA or LORA or linear or Linear",
 )
@@ -134,6 +145,7 @@ def run(directory: Path, fuse: bool, arguments: list[str], limit: float | None) 
         }
         command = [sys.executable, "-m", "pytest", "-p", Path(__file__).stem, "-c", str(settings)]
         command += ["--rootdir", str(directory.parent), "-q", "--tb=short", "-p", "no:cacheprovider"]
+        command.append("--continue-on-collection-errors")
         try:
             subprocess.run([*command, *arguments], cwd=directory, env=environment, timeout=limit)
         except subprocess.TimeoutExpired:
@@ -148,16 +160,36 @@ def run(directory: Path, fuse: bool, arguments: list[str], limit: float | None) 
         return outcomes, forwards
 
 
+def version_of(directory: Path) -> str:
+    """Of the PEFT that the tests in ``directory`` came with; "unknown" for a folder that stands alone."""
+    archive, checkout = directory.parent / "PKG-INFO", directory.parent / "src" / "peft" / "__init__.py"
+    for path, pattern in ((archive, r"^Version: (.+)$"), (checkout, r'^__version__ = "(.+)"$')):
+        if path.exists() and (found := re.search(pattern, path.read_text(), re.MULTILINE)):
+            return found[1]
+    return "unknown"
+
+
+def as_package(directory: Path, folder: str) -> Path:
+    """``directory``, or a copy in ``folder`` where it is no package: a source archive lacks __init__.py."""
+    if (directory / "__init__.py").exists():
+        return directory
+    package = Path(shutil.copytree(directory, Path(folder, "tests")))
+    (package / "__init__.py").touch()
+    return package
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("directory", type=Path, help="the tests folder of a checkout of PEFT")
+    parser.add_argument("directory", type=Path, help="PEFT's tests folder")
     parser.add_argument("--limit", type=float, help="seconds after which each run is stopped")
     options, arguments = parser.parse_known_args()
     if not (options.directory / "testing_common.py").exists():
         parser.error(f"{options.directory} is not PEFT's tests folder: it has no testing_common.py")
-    directory, arguments = options.directory.resolve(), arguments or list(DEFAULT)
-    plain, _ = run(directory, False, arguments, options.limit)
-    fused, forwards = run(directory, True, arguments, options.limit)
+    arguments = arguments or list(DEFAULT)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = as_package(options.directory.resolve(), folder)
+        plain, _ = run(directory, False, arguments, options.limit)
+        fused, forwards = run(directory, True, arguments, options.limit)
 
     passed = [test for test, outcome in plain.items() if outcome == "passed" and test in fused]
     broken = [test for test in passed if fused[test] != "passed"]
@@ -168,6 +200,7 @@ def main() -> int:
         if reason not in ("merged", "adapters disabled", "no active adapter")
         and not reason.startswith("variant")
     )
+    print(f"PEFT {version('peft')}, its tests of {version_of(options.directory.resolve())}")
     print(f"tests that ran in both: {len(plain.keys() & fused.keys())}")
     print(f"passed plain: {len(passed)}")
     print(f"passed fused: {len(passed) - len(broken)}")
