@@ -25,9 +25,14 @@ from pathlib import Path
 VERSION = 1
 OK = "ok"
 # The products of a layer, and with them the sizes that each depends on; "forward" is h and y together, which
-# one launch makes for few tokens.
-SIZES = {"h": "K", "y": "NK", "g": "N", "dx": "NK", "dA": "N", "dB": "K", "forward": "NK"}
-PATHS = ("small", "triton", "addmm")
+# one launch makes for few tokens, "g+dA" these two together, which one launch makes from one reading of dy.
+SIZES = {"h": "K", "y": "NK", "g": "N", "dx": "NK", "dA": "N", "dB": "K", "forward": "NK", "g+dA": "N"}
+# The paths of each product; "together" is the one launch, "apart" g and dA each on its own fastest path.
+PATHS = {
+    **dict.fromkeys(SIZES, ("triton", "addmm")),
+    "forward": ("small", "triton", "addmm"),
+    "g+dA": ("together", "apart"),
+}
 DTYPES = ("float16", "bfloat16")
 # Rows decide for N and K up to a factor of two to this away from theirs; M and R have buckets.
 _NEAR = 0.5
@@ -58,12 +63,12 @@ class Row:
     status: str = OK
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", DTYPES), ("product", tuple(SIZES)), ("path", PATHS)):
+        for name, allowed in (("dtype", DTYPES), ("product", tuple(SIZES))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if self.path == "small" and self.product != "forward":
+        if self.path not in PATHS[self.product]:
             raise ValueError(
-                f"path is 'small', which makes h and y together, but product is {self.product!r}"
+                f"path is {self.path!r}, but those of {self.product} are {', '.join(PATHS[self.product])}"
             )
         if min(self.M, self.N, self.K, self.R, self.capability) < 1 or not self.gpu or not self.status:
             raise ValueError(f"expected positive sizes, a GPU and a status, got {self}")
@@ -139,7 +144,7 @@ class Table:
         if not shapes:
             return None
         shape = min(shapes, key=lambda known: (sum(ratios(known)), abs(known[0] - M), abs(known[3] - R)))
-        rows = sorted(self._rows[key][shape], key=lambda row: PATHS.index(row.path))
+        rows = sorted(self._rows[key][shape], key=lambda row: PATHS[row.product].index(row.path))
         usable = [row for row in rows if row.status == OK and row.path not in refused]
         if not usable:
             return None

@@ -230,6 +230,13 @@ def _addmm_backward(
     return dx, dA, dB
 
 
+def _g_and_dA(step: Step, dy: Tensor, A: Tensor, h: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """dy: (M, N), A: (N, R), h: (M, R) -> g: (M, R), in dy's dtype, and dA: (N, R), in A's, in one launch."""
+    from fastlora.kernels.backward import g_and_dA
+
+    return g_and_dA(dy, A, h, alpha, step.config, A.dtype)
+
+
 @remembered
 def _plan(
     device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, dropout: bool, mode: str
@@ -334,6 +341,8 @@ def _backward(
     dx = dA = dB = dbias = None
     with _scope(dy):
         plan = _plan(dy.device, dy.dtype, M, N, K, R, dropout > 0.0, mode)
+        if not (need_dA and (need_dx or need_dB)):
+            plan = plan.apart
         if need_dbias:
             dbias = dy_2d.sum(0)
         if plan.all_addmm and dropout == 0.0:
@@ -346,10 +355,13 @@ def _backward(
             dB = B.new_zeros(B.shape) if need_dB else None
             return dx, dA, dB, dbias
         drop = _dropout(dropout, seed, M, K)
-        if need_dx or need_dB:
-            g = _project(plan.g, dy_2d, A)
-        if need_dA:
-            dA = _token_sum(plan.dA, dy_2d, h, alpha, A.dtype)
+        if plan.g_with_dA:
+            g, dA = _g_and_dA(plan.g, dy_2d, A, h, alpha)
+        else:
+            if need_dx or need_dB:
+                g = _project(plan.g, dy_2d, A)
+            if need_dA:
+                dA = _token_sum(plan.dA, dy_2d, h, alpha, A.dtype)
         if need_dx:
             dx = _gemm(plan.dx, dy_2d, weight, g, B, alpha, drop=drop)
             dx = dx if flat else dx.reshape(*dy.shape[:-1], K)

@@ -81,12 +81,16 @@ _L2 = 1.3
 
 @dataclass(frozen=True)
 class Step:
-    """How one product is computed: ``config`` is the kernel's tile shape, None unless ``path`` is triton."""
+    """How one product is computed: ``config`` is the kernel's tile shape, None unless ``path`` is triton.
+
+    ``apart``: how it is computed where the other product of its launch is not asked for.
+    """
 
     primitive: str
     path: str
     config: configs.Config | None
     reason: str
+    apart: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,16 @@ class Plan:
     def one_launch(self) -> bool:
         """Whether the kernel for few tokens makes h and y together."""
         return isinstance(self.y.config, configs.SmallConfig)
+
+    @functools.cached_property
+    def g_with_dA(self) -> bool:
+        """Whether one launch makes g and dA together."""
+        return isinstance(self.g.config, configs.BackwardConfig)
+
+    @functools.cached_property
+    def apart(self) -> Plan:
+        """The plan of a call that does not ask for both g and dA."""
+        return dataclasses.replace(self, g=self.g.apart, dA=self.dA.apart) if self.g_with_dA else self
 
     @property
     def path(self) -> str:
@@ -301,7 +315,8 @@ def make_group_plan(
     """
     whole = make_plan(problem, mode)
     each = [dataclasses.replace(problem, N=N, R=R) for N, R in zip(Ns, Rs, strict=True)]
-    branches = [make_plan(branch, mode) for branch in each]
+    # The branches write their g into one tensor, so each makes dA in a launch of its own.
+    branches = [make_plan(branch, mode).apart for branch in each]
     h = kernel_step(problem, "h") if whole.one_launch else whole.h
     if not all(branch.one_launch for branch in branches):
         # One pass over x makes h for all of them, so that no branch needs it in y's launch.
@@ -376,6 +391,19 @@ def _in_one_launch(steps: dict[str, Step], config: configs.SmallConfig, reason: 
     return {**steps, "h": h, "y": Step("gemm", "triton", config, f"one launch with h, {reason}")}
 
 
+def backward_config(problem: Problem) -> configs.BackwardConfig:
+    """The configuration of the kernel that makes g and dA in one launch."""
+    p, device = problem, problem.device
+    capability = device.capability or configs.MIN_CAPABILITY
+    return configs.select_backward(capability, device.sms or 8, p.M, p.N, p.R, p.dtype.itemsize)
+
+
+def _g_with_dA(steps: dict[str, Step], config: configs.BackwardConfig, reason: str) -> dict[str, Step]:
+    g = Step("project", "triton", config, f"one launch with dA, {reason}", steps["g"])
+    dA = Step("token_sum", "triton", config, f"inside g's launch, {reason}", steps["dA"])
+    return {**steps, "g": g, "dA": dA}
+
+
 def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
     primitive, D, E = _sizes(problem, name)
     config = None
@@ -418,6 +446,10 @@ def _chosen_plan(problem: Problem) -> Plan:
         else _step(problem, name, finding.path, finding.reason)
         for name, finding in found.items()
     }
+    # What it saves depends on how much of dy the L2 cache keeps: only a row says that, no estimate.
+    backward = _find(problem, "g+dA")
+    if backward is not None and backward.path == "together":
+        steps = _g_with_dA(steps, backward_config(problem), backward.reason)
     small = small_config(problem)
     if small is None:
         return Plan(**steps)

@@ -113,14 +113,17 @@ def draw_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
 
 @dataclass(frozen=True)
 class Computation:
-    """One product on one set of inputs: by each path, and a part of it in float64."""
+    """One product on one set of inputs: by each path, and a part of each of its results in float64."""
 
-    run: Callable[[str], Tensor]
-    exact: Callable[[Tensor, Tensor], Tensor]
+    run: Callable[[str], Tensor | tuple[Tensor, ...]]
+    exact: tuple[Callable[[Tensor, Tensor], Tensor], ...]
 
 
-def computation(product: str, problem: Problem, t: Inputs) -> Computation:
-    """``run(path)`` gives the whole result, ``exact(rows, columns)`` those elements of it."""
+def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row] = ()) -> Computation:
+    """``run(path)`` gives the whole result or results, ``exact(rows, columns)`` those elements of each.
+
+    ``before``: rows of the same shape, of which g and dA apart take their fastest paths.
+    """
 
     def step(name: str, path: str) -> Step:
         kernel = planner.kernel_step(problem, name)
@@ -143,7 +146,7 @@ def computation(product: str, problem: Problem, t: Inputs) -> Computation:
             return (p[rows].double() * factors) @ q[:, columns].double()
 
         dropped = drop if name == "h" else lambda: None
-        return Computation(lambda path: ops._project(step(name, path), p, q, dropped()), exact)
+        return Computation(lambda path: ops._project(step(name, path), p, q, dropped()), (exact,))
 
     def gemm(name: str, p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> Computation:
         def exact(rows: Tensor, columns: Tensor) -> Tensor:
@@ -153,7 +156,11 @@ def computation(product: str, problem: Problem, t: Inputs) -> Computation:
             return p[rows].double() @ q[:, columns].double() + update
 
         dropped = drop if name == "dx" else lambda: None
-        return Computation(lambda path: ops._gemm(step(name, path), p, q, u, v, ALPHA, drop=dropped()), exact)
+
+        def run(path: str) -> Tensor:
+            return ops._gemm(step(name, path), p, q, u, v, ALPHA, drop=dropped())
+
+        return Computation(run, (exact,))
 
     def token_sum(name: str, p: Tensor, u: Tensor) -> Computation:
         transposed = name == "dB"
@@ -167,7 +174,19 @@ def computation(product: str, problem: Problem, t: Inputs) -> Computation:
         def run(path: str) -> Tensor:
             return ops._token_sum(step(name, path), p, u, ALPHA, p.dtype, transposed, dropped())
 
-        return Computation(run, exact)
+        return Computation(run, (exact,))
+
+    def g_and_dA() -> Computation:
+        parts = {"g": project("g", t.dy, t.A), "dA": token_sum("dA", t.dy, t.h)}
+        fastest = {name: _fastest(before, name) for name in parts}
+        one = Step("project", "triton", planner.backward_config(problem), "")
+
+        def run(path: str) -> tuple[Tensor, ...]:
+            if path == "together":
+                return ops._g_and_dA(one, t.dy, t.A, t.h, ALPHA)
+            return tuple(part.run(fastest[name] if path == "apart" else path) for name, part in parts.items())
+
+        return Computation(run, tuple(exact for part in parts.values() for exact in part.exact))
 
     def forward(path: str) -> Tensor:
         if path == "small":
@@ -190,12 +209,19 @@ def computation(product: str, problem: Problem, t: Inputs) -> Computation:
         "dx": lambda: gemm("dx", t.dy, t.weight, t.g, t.B),
         "dA": lambda: token_sum("dA", t.dy, t.h),
         "dB": lambda: token_sum("dB", t.x, t.g),
-        "forward": lambda: Computation(forward, exact_forward),
+        "forward": lambda: Computation(forward, (exact_forward,)),
+        "g+dA": g_and_dA,
     }[product]()
 
 
+def _fastest(rows: Sequence[Row], product: str) -> str:
+    """The fastest path of a product that passed its check, "addmm" where none did."""
+    timed = [row for row in rows if row.product == product and row.status == OK]
+    return min(timed, key=lambda row: row.microseconds).path if timed else "addmm"
+
+
 def products(shape: Shape) -> list[tuple[str, bool]]:
-    """(product, dropout) of everything that is measured at a shape."""
+    """(product, dropout) of everything that is measured at a shape, g and dA before both together."""
     plain = [name for name in measured.SIZES if name != "forward" or shape.M <= configs.SMALL_ROWS]
     return [(name, False) for name in plain] + [(name, True) for name in planner.DROPPED]
 
@@ -203,21 +229,31 @@ def products(shape: Shape) -> list[tuple[str, bool]]:
 def check(one: Computation, path: str) -> str:
     """ "ok", or what is wrong with a path: an exception, a value that is not finite, too large an error."""
     try:
-        result, eager = one.run(path), one.run("reference")
-        if result.shape != eager.shape or not torch.isfinite(result).all():
-            return "check failed: not finite, or of another shape"
-        rows, columns = (_sample(size, result.device) for size in result.shape)
-        exact = one.exact(rows, columns)
-        errors, allowed = ((value[rows][:, columns].double() - exact).abs() for value in (result, eager))
-        for kind, norm in (("largest", Tensor.max), ("rms", lambda error: error.square().mean().sqrt())):
-            ours, limit = norm(errors).item(), FACTOR * norm(allowed).item() + SLACK
-            if not ours <= limit:
-                return f"check failed: {kind} error {ours:.3g}, allowed {limit:.3g}"
+        results, eager = (_as_tuple(one.run(name)) for name in (path, "reference"))
+        faults = (_fault(*each) for each in zip(results, eager, one.exact, strict=True))
+        return next((fault for fault in faults if fault), OK)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or driver raises: this path is not for this GPU
         return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
-    return OK
+
+
+def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
+
+
+def _fault(result: Tensor, eager: Tensor, exact: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+    """What is wrong with one result, None if nothing is."""
+    if result.shape != eager.shape or not torch.isfinite(result).all():
+        return "check failed: not finite, or of another shape"
+    rows, columns = (_sample(size, result.device) for size in result.shape)
+    truth = exact(rows, columns)
+    errors, allowed = ((value[rows][:, columns].double() - truth).abs() for value in (result, eager))
+    for kind, norm in (("largest", Tensor.max), ("rms", lambda error: error.square().mean().sqrt())):
+        ours, limit = norm(errors).item(), FACTOR * norm(allowed).item() + SLACK
+        if not ours <= limit:
+            return f"check failed: {kind} error {ours:.3g}, allowed {limit:.3g}"
+    return None
 
 
 def _sample(size: int, device: torch.device) -> Tensor:
@@ -244,15 +280,18 @@ def measure(
     described: Device,
     sets: Sequence[Inputs],
     timer: Timer,
+    before: Sequence[Row] = (),
 ) -> list[Row]:
     """The rows of one product at one shape: each path checked, those that passed timed together.
+
+    ``before``: the rows of this shape so far.
 
     Raises:
         DeviceLost: with the row of the path that broke the device.
     """
     problem = Problem(described, dtype, shape.M, shape.N, shape.K, shape.R, dropout)
-    computations = [computation(product, problem, inputs) for inputs in sets]
-    paths = [path for path in measured.PATHS if path != "small" or product == "forward"]
+    computations = [computation(product, problem, inputs, before) for inputs in sets]
+    paths = measured.PATHS[product]
 
     def row(path: str, status: str, seconds: float | None = None) -> Row:
         return Row(
@@ -309,7 +348,7 @@ def tune(
                 sizes = tuple(getattr(shape, size) for size in measured.SIZES[product])
                 key = (dtype, product, dropout, shape.M, sizes, shape.R)
                 if key not in seen:
-                    rows += measure(product, dropout, shape, dtype, described, sets, timer)
+                    rows += measure(product, dropout, shape, dtype, described, sets, timer, rows)
                     seen.add(key)
         except torch.OutOfMemoryError:
             rows = rows or None
@@ -503,7 +542,7 @@ def table(rows: Sequence[Row]) -> str:
             for row in paths
         )
         name = f"{product}{' dropout' * dropout}"
-        lines.append(f"{dtype:<9} {Shape(*sizes)!s:<28} {name:<11} {best:<7} {figures}")
+        lines.append(f"{dtype:<9} {Shape(*sizes)!s:<28} {name:<11} {best:<8} {figures}")
     return "\n".join(lines)
 
 

@@ -5,8 +5,8 @@ programs of a region follow one another: those of g (project) first, for they ru
 (token sum, the region being their split). They run together, so the second read of the region comes from
 the L2 cache. A second kernel adds the partial sums of dA in a fixed order, as in token sum.
 
-The planner does not choose this kernel yet: it has not been measured on a GPU. ``benchmarks/primitives.py``
-measures it as the product "g+dA".
+The planner chooses this kernel only where a measured row of the product "g+dA" (``python -m fastlora tune``
+writes them) says that it is faster than both apart, each on its fastest path. The shipped table has none yet.
 """
 
 import torch

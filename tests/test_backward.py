@@ -1,16 +1,32 @@
-"""g and dA in one launch against float64: every layout, odd sizes, regions; interpreted or on a GPU."""
+"""g and dA in one launch against float64: layouts, odd sizes, regions, layers; interpreted or on a GPU."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
+from cases import (
+    DTYPES,
+    HALF,
+    assert_matches,
+    bits_equal,
+    differentiate,
+    dtype_id,
+    eager_errors,
+    exact,
+    fused,
+    keep_factors,
+    tensors,
+)
 from tolerance import LAYOUTS, assert_as_accurate, lay_out
 
+import fastlora
+from fastlora import function, measured, ops, planner
 from fastlora.kernels import configs
+from fastlora.planner import Device
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-HALF = (torch.float16, torch.bfloat16)
 # (M, N, R): one element, odd and padded sizes, whole tiles, one past them, the largest rank.
 SIZES = ((1, 1, 1), (3, 7, 2), (64, 128, 16), (129, 65, 33), (17, 200, 100), (40, 70, 256))
 SCALE = 0.7
@@ -170,3 +186,161 @@ def test_a_region_is_small_beside_the_cache(arch, cache):
         config = configs.select_backward(arch, 108, 8192, N, 16, 2)
         assert config.rows * N * 2 <= max(cache * 2**20 // 5, 256 * N * 2)
         assert 8192 // config.rows * -(-N // config.block_n) + 8192 // config.block_m >= 2 * 108
+
+
+class Chosen:
+    """Makes layers use the kernel by measured rows, on CPU tensors as on a GPU's; counts its launches."""
+
+    def __init__(self, device, monkeypatch):
+        from fastlora.kernels import backward
+
+        self.launches = 0
+        self._device = Device("cuda", "Test GPU", 80, 4) if device.type == "cpu" else planner.describe(device)
+        for module in (ops, function):
+            monkeypatch.setattr(module, "describe", lambda device: self._device)
+        launch = backward.g_and_dA
+
+        def counted(*args):
+            self.launches += 1
+            return launch(*args)
+
+        monkeypatch.setattr(backward, "g_and_dA", counted)
+
+    def make_fastest(self, case):
+        """Write the rows for a case, as ``tune`` would."""
+        (N, R), (_, K), M = case.A.shape, case.B.shape, case.dy.numel() // case.dy.shape[-1]
+        rows = [
+            measured.Row(
+                gpu=self._device.name,
+                capability=self._device.capability,
+                triton=measured.triton_version(),
+                dtype=dtype_id(case.x.dtype),
+                product="g+dA",
+                M=M,
+                N=N,
+                K=K,
+                R=R,
+                dropout=False,
+                path=path,
+                microseconds=us,
+            )
+            for path, us in (("together", 1.0), ("apart", 2.0))
+        ]
+        measured.save_rows(measured.user_file(), rows)
+        planner.forget_plans()
+
+
+@pytest.fixture
+def chosen(kernel_device, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    planner.forget_plans()
+    yield Chosen(kernel_device, monkeypatch)
+    planner.forget_plans()
+
+
+def layer(device, dtypes=DTYPES[1], lead=300, N=70, K=40, R=5):
+    return tensors(lead, N, K, R, *dtypes, device=device)
+
+
+def assert_gradients(case, wanted=("x", "A", "B", "bias"), dropout=0.0, seed=None, dy=None):
+    keep = keep_factors(seed, case, dropout) if dropout else None
+    actual = differentiate(fused(0.7, dropout, seed), case, wanted, dy)
+    assert_matches(actual, exact(case, 0.7, keep), eager_errors(case, 0.7, keep, wanted))
+    return actual
+
+
+class TestLayer:
+    """The operator by the kernel, which a measured row chooses."""
+
+    @pytest.mark.parametrize("dtypes", DTYPES[1:], ids=dtype_id)
+    @pytest.mark.parametrize("lead", [1, 17, 300, (3, 43)], ids=str)
+    def test_every_gradient(self, kernel_device, chosen, dtypes, lead):
+        case = layer(kernel_device, dtypes, lead)
+        assert not fastlora.plan(case.x, case.weight, case.A, case.B).g_with_dA
+        chosen.make_fastest(case)
+        plan = fastlora.plan(case.x, case.weight, case.A, case.B)
+        assert plan.g_with_dA
+        assert "tuned here: together 1.0 us, apart 2.0 us" in plan.g.reason
+        actual = assert_gradients(case)
+        assert chosen.launches == 1
+        assert (actual.A.dtype, actual.B.dtype, actual.x.dtype) == (dtypes[1], dtypes[1], dtypes[0])
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    @pytest.mark.parametrize(
+        "wanted", [w for n in (1, 2, 3) for w in itertools.combinations(("x", "A", "B"), n)], ids="".join
+    )
+    def test_gradients_in_part(self, kernel_device, chosen, monkeypatch, wanted, dropout):
+        """One launch where both g and dA are needed, else only the kernel of what is."""
+        case = layer(kernel_device)
+        chosen.make_fastest(case)
+        steps = []
+
+        def spied(launch):
+            def call(step, p, *args, **kwargs):
+                if p.shape == case.dy.shape:
+                    steps.append(step)
+                return launch(step, p, *args, **kwargs)
+
+            return call
+
+        for name in ("_project", "_token_sum"):
+            monkeypatch.setattr(ops, name, spied(getattr(ops, name)))
+        assert_gradients(case, wanted, dropout, torch.tensor([5], device=kernel_device))
+        together = "A" in wanted and len(wanted) > 1
+        assert chosen.launches == together
+        apart = ops._plan(kernel_device, torch.float16, 300, 70, 40, 5, dropout > 0, "auto").apart
+        assert steps == ([] if together else [apart.dA if wanted == ("A",) else apart.g])
+
+    @pytest.mark.parametrize("layout", LAYOUTS[1:])
+    @pytest.mark.parametrize("operand", ["dy", "A"])
+    def test_strides(self, kernel_device, chosen, operand, layout):
+        case = layer(kernel_device, (torch.bfloat16, torch.float32))
+        chosen.make_fastest(case)
+        setattr(case, operand, lay_out(getattr(case, operand), layout))
+        assert_gradients(case)
+        assert chosen.launches == 1
+
+    @pytest.mark.parametrize("dtypes", DTYPES[1:], ids=dtype_id)
+    def test_an_expanded_dy(self, kernel_device, chosen, dtypes):
+        case = layer(kernel_device, dtypes, (2, 30))
+        chosen.make_fastest(case)
+        case.dy = case.dy[:1, :1].expand(2, 30, -1)
+        assert_gradients(case, dy=case.dy)
+        assert chosen.launches == 1
+
+    def test_repeats(self, kernel_device, chosen):
+        case = layer(kernel_device)
+        chosen.make_fastest(case)
+        first, second = (differentiate(fused(), case) for _ in range(2))
+        assert all(bits_equal(value, getattr(second, name)) for name, value in vars(first).items())
+        assert chosen.launches == 2
+
+    def test_opcheck(self, kernel_device, chosen):
+        case = layer(kernel_device, (torch.float16, torch.float32), 20)
+        chosen.make_fastest(case)
+        h = case.x @ case.B.t().half()
+        arguments = [case.dy, case.x, case.weight, case.A, case.B, h, 0.7, 0.0, None, *[True] * 4, "auto"]
+        torch.library.opcheck(torch.ops.fastlora.lora_backward.default, arguments)
+        assert chosen.launches
+
+    @pytest.mark.parametrize("mode", ["triton", "addmm", "reference"])
+    def test_not_on_a_path_that_was_asked_for(self, kernel_device, chosen, mode):
+        case = layer(kernel_device, lead=20)
+        chosen.make_fastest(case)
+        differentiate(fused(path=mode), case)
+        assert not chosen.launches
+
+    def test_a_wrong_g_shows(self, kernel_device, chosen, monkeypatch):
+        case = layer(kernel_device)
+        chosen.make_fastest(case)
+        from fastlora.kernels import backward
+
+        launch = backward.g_and_dA
+
+        def scaled(dy, A, h, scale, *rest):
+            g, dA = launch(dy, A, h, scale, *rest)
+            return g * scale, dA
+
+        monkeypatch.setattr(backward, "g_and_dA", scaled)
+        with pytest.raises(AssertionError, match="x: max error"):
+            assert_gradients(case)

@@ -172,6 +172,17 @@ class TestPins:
                 assert "dropout" in plan.h.reason
                 assert "dropout" in plan.dx.reason
 
+    @pytest.mark.parametrize("device", [*GPUS, CPU], ids=by_name)
+    def test_no_estimate_makes_g_and_dA_in_one_launch(self, device):
+        for N, K in SHAPES:
+            for M in (1, 512, 8192, 2**17):
+                for dropout in (False, True):
+                    for mode in ("auto", "addmm", "reference", *(["triton"] if device is not CPU else [])):
+                        plan = planned(device, M, N, K, dropout=dropout, mode=mode)
+                        assert not plan.g_with_dA
+                        assert plan.apart is plan
+                        assert {getattr(plan, name).apart for name in STEPS} == {None}
+
     def test_the_estimate(self):
         """Times are positive, grow with the work, and a faster loop or memory never costs more."""
         roofline = next(iter(planner.ROOFLINES.values()))

@@ -13,6 +13,7 @@ import torch
 from cases import CUDA
 
 from fastlora import measured, ops, planner, tune
+from fastlora.kernels import configs
 from fastlora.measured import Row
 from fastlora.planner import Device, Problem, make_plan
 
@@ -53,6 +54,11 @@ def row(path="triton", us=10.0, gpu=H200, product="y", M=4096, N=4096, K=4096, R
 
 def pair(triton, addmm, **place):
     return [row("triton", triton, **place), row("addmm", addmm, **place)]
+
+
+def together(one, apart, **place):
+    """Rows of g and dA in one launch, and each in its own."""
+    return [row("together", one, product="g+dA", **place), row("apart", apart, product="g+dA", **place)]
 
 
 def write(path, rows):
@@ -104,6 +110,8 @@ class TestRows:
             {"product": "z"},
             {"path": "reference"},
             {"path": "small"},
+            {"path": "together"},
+            {"path": "triton", "product": "g+dA"},
             {"M": 0},
             {"gpu": ""},
             {"microseconds": None},
@@ -226,6 +234,58 @@ class TestPlan:
             assert f"tuned here: small {times['small']:.1f} us" in plan.y.reason
             assert not planned(M=1, dropout=True).one_launch
 
+    def test_g_and_dA_in_one_launch(self, cache):
+        """Where a row says that it is faster, with or without dropout; the rest of the plan stays."""
+        write(cache, [*pair(7.0, 5.0, product="g"), *pair(3.0, 4.0, product="dA")])
+        apart = planned()
+        assert (apart.g.path, apart.dA.path) == ("addmm", "triton")
+        write(cache, together(8.0, 7.9))
+        assert planned() == apart
+        write(cache, together(7.9, 8.0))
+        for dropout in (False, True):
+            plan = planned(dropout=dropout)
+            assert plan.g_with_dA
+            assert plan.g.path == plan.dA.path == "triton"
+            assert (plan.g.primitive, plan.dA.primitive) == ("project", "token_sum")
+            assert plan.g.config is plan.dA.config
+            assert plan.g.config == configs.select_backward(90, 132, 4096, 4096, 16, 2)
+            assert plan.g.reason == "one launch with dA, tuned here: together 7.9 us, apart 8.0 us"
+            assert plan.dA.reason == "inside g's launch, tuned here: together 7.9 us, apart 8.0 us"
+            assert plan.apart.apart == plan.apart == planned(dropout=dropout).apart
+            assert (plan.apart.g, plan.apart.dA) == (apart.g, apart.dA)
+            for name in ("h", "y", "dx", "dB"):
+                assert getattr(plan, name) == getattr(plan.apart, name)
+        assert planned() != apart
+        assert planned().apart == apart
+
+    @pytest.mark.parametrize(
+        ("change", "decides"),
+        [
+            ({"K": 256}, True),
+            ({"N": 3000}, True),
+            ({"N": 2800}, False),
+            ({"M": 2048}, False),
+            ({"R": 17}, False),
+            ({"K": 0}, False),
+            ({"dtype": torch.float32}, False),
+            ({"mode": "triton"}, False),
+            ({"device": Device("cpu")}, False),
+        ],
+        ids=str,
+    )
+    @pytest.mark.filterwarnings("ignore:fastlora")
+    def test_which_calls_a_row_of_g_and_dA_decides(self, cache, change, decides):
+        write(cache, together(1.0, 2.0))
+        assert planned(**change).g_with_dA is decides
+
+    def test_groups_keep_g_and_dA_apart(self, cache):
+        problem, branches = Problem(H200, torch.bfloat16, 4096, 8192, 4096, 32), ((4096, 4096), (16, 16))
+        before = planner.make_group_plan(problem, *branches)
+        write(cache, [*together(1.0, 2.0), *together(1.0, 2.0, N=8192, R=32)])
+        assert make_plan(problem).g_with_dA
+        assert planned().g_with_dA
+        assert planner.make_group_plan(problem, *branches) == before
+
     def test_no_estimate_against_a_row(self, cache):
         assert planned(M=1).one_launch
         write(cache, pair(2.0, 1.0, M=1))
@@ -279,8 +339,18 @@ class TestFailedChecks:
         write(cache, [row("small", None, product="forward", M=16)])
         assert not planned(M=1).one_launch
         assert planned(M=1, R=8).one_launch is False
-        write(cache, [row(p, 1.0 if p == "small" else 2.0, product="forward", M=1) for p in measured.PATHS])
+        times = {"small": 1.0, "triton": 2.0, "addmm": 2.0}
+        write(cache, [row(path, us, product="forward", M=1) for path, us in times.items()])
         assert not planned(M=1).one_launch
+
+    def test_g_and_dA(self, cache):
+        write(cache, together(1.0, 2.0))
+        assert planned().g_with_dA
+        write(cache, [row("together", None, product="g+dA", M=64)])
+        assert not planned().g_with_dA
+        assert planned(R=64) == estimated(R=64)
+        write(cache, together(1.0, 2.0, R=64))
+        assert planned(R=64).g_with_dA
 
     def test_every_path(self, cache):
         """Nothing passed: the plan still is whole."""
@@ -360,6 +430,28 @@ class TestUnusableFiles:
             warnings.simplefilter("error")
             planned()
 
+    def test_a_file_from_before_g_and_dA_had_rows(self, cache):
+        header = "gpu,capability,triton,dtype,product,M,N,K,R,dropout,path,microseconds,status"
+        start = f"NVIDIA H200,90,{measured.triton_version()},bfloat16"
+        times = {"triton": 1.5, "addmm": 2.0}
+        lines = [
+            f"{start},{name},4096,4096,4096,16,False,{path},{us},ok"
+            for name in STEPS
+            for path, us in times.items()
+        ]
+        cache.parent.mkdir()
+        assert cache.name == "tuned-v1.csv"
+        cache.write_text("\n".join([header, *lines, ""]))
+        planner.forget_plans()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plan = planned()
+        assert {getattr(plan, name).reason for name in STEPS} == {"tuned here: triton 1.5 us, addmm 2.0 us"}
+        assert not plan.g_with_dA
+        write(cache, together(1.0, 2.0))
+        assert planned().g_with_dA
+        assert planned().apart == plan
+
     def test_a_broken_file_is_replaced_by_a_new_run(self, cache):
         cache.parent.mkdir()
         cache.write_text("hello")
@@ -376,12 +468,21 @@ class TestUnusableFiles:
             rows = []
             for _ in range(20):
                 product = draw.choice(list(measured.SIZES))
-                paths = measured.PATHS if product == "forward" else ("triton", "addmm")
                 gpu = draw.choice([gpu for gpu in gpus if gpu.name and gpu.capability])
                 sizes = {size: draw.choice((1, 16, 4096, 4097)) for size in "MNK"}
                 us = draw.choice((None, 1.0, 50.0))
                 rank, dropout = draw.choice((1, 16, 64)), draw.random() < 0.3
-                rows.append(row(draw.choice(paths), us, gpu, product, R=rank, dropout=dropout, **sizes))
+                rows.append(
+                    row(
+                        draw.choice(measured.PATHS[product]),
+                        us,
+                        gpu,
+                        product,
+                        R=rank,
+                        dropout=dropout,
+                        **sizes,
+                    )
+                )
             write(cache, rows)
             for _ in range(30):
                 M, N, K = (draw.choice((0, 1, 16, 4096)) for _ in range(3))
@@ -427,8 +528,12 @@ class TestReading:
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def fake_timer(seconds):
-    """A timer that runs each call once and reports the given times; remembers what it was given."""
+TIMES = {"small": 1e-6, "triton": 2e-6, "addmm": 3e-6, "together": 5e-6, "apart": 4e-6}
+
+
+def fake_timer(**changes):
+    """A timer that runs each call once and reports TIMES, but for these; remembers what it was given."""
+    seconds = {**TIMES, **changes}
 
     def timer(functions):
         timer.seen.append({name: len(calls) for name, calls in functions.items()})
@@ -443,7 +548,7 @@ def fake_timer(seconds):
 
 def run(*argv, timer=None, described=TEST_GPU):
     """The command, on CPU tensors in the interpreter that pass for a GPU."""
-    timer = timer or fake_timer({"small": 1e-6, "triton": 2e-6, "addmm": 3e-6})
+    timer = timer or fake_timer()
     return tune.main(list(argv), device=torch.device("cpu"), described=described, timer=timer)
 
 
@@ -452,7 +557,7 @@ class TestCommand:
     def test_a_whole_run(self, cache, capsys):
         """Every path of every product is checked and timed, and the plan follows."""
         before = planned(TEST_GPU, 4, 40, 48, 8)
-        timer = fake_timer({"small": 9e-6, "triton": 2e-6, "addmm": 3e-6})
+        timer = fake_timer(small=9e-6)
         assert run("--shapes", "4,40,48,8", timer=timer) == 0
         rows = measured.read_rows(cache)
         assert {r.status for r in rows} == {"ok"}
@@ -461,13 +566,17 @@ class TestCommand:
             (product, dropout, path, us)
             for product, dropout in [*((s, False) for s in STEPS), *((s, True) for s in ("h", "dx", "dB"))]
             for path, us in (("triton", 2.0), ("addmm", 3.0))
-        } | {("forward", False, path, us) for path, us in (("small", 9.0), ("triton", 2.0), ("addmm", 3.0))}
-        assert len(timer.seen) == 10
+        } | {
+            *(("forward", False, path, us) for path, us in (("small", 9.0), ("triton", 2.0), ("addmm", 3.0))),
+            *(("g+dA", False, path, us) for path, us in (("together", 5.0), ("apart", 4.0))),
+        }
+        assert len(timer.seen) == 11
         plan = planned(TEST_GPU, 4, 40, 48, 8)
         assert plan != before
         assert plan.reason == "tuned here: small 9.0 us, triton 2.0 us, addmm 3.0 us"
+        assert not plan.g_with_dA
         out = capsys.readouterr().out
-        assert "21 rows for Test GPU" in out
+        assert "23 rows for Test GPU" in out
         assert str(cache) in out
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -479,11 +588,44 @@ class TestCommand:
     def test_shared_products_are_measured_once(self, cache):
         run("--shapes", "20,24,32,4", "20,40,32,4", "20,24,32,4")
         counts = {
-            name: sum(r.product == name and r.path == "addmm" for r in measured.read_rows(cache))
+            name: sum(r.product == name and r.path in ("addmm", "apart") for r in measured.read_rows(cache))
             for name in measured.SIZES
         }
         # dropout adds one more of h, dx and dB
-        assert counts == {"h": 2, "dB": 2, "y": 2, "dx": 4, "g": 2, "dA": 2, "forward": 0}
+        assert counts == {"h": 2, "dB": 2, "y": 2, "dx": 4, "g": 2, "dA": 2, "forward": 0, "g+dA": 2}
+
+    def test_g_and_dA_against_the_fastest_pair(self, cache, monkeypatch, capsys):
+        """Each alone first; then both on their faster paths, checked and timed against the one launch."""
+        used, timed = [], []
+
+        def spied(name, launch):
+            def call(step, *args, **kwargs):
+                used.append((name, step.path))
+                return launch(step, *args, **kwargs)
+
+            return call
+
+        for name in ("_project", "_token_sum", "_g_and_dA"):
+            monkeypatch.setattr(ops, name, spied(name, getattr(ops, name)))
+
+        def timer(functions):
+            """The kernel is the slower one of token sums, the faster one of everything else."""
+            used.clear()
+            for calls in functions.values():
+                for call in calls:
+                    call()
+            if "apart" in functions:
+                timed.append((*functions, *used))
+            slow = {"apart", "triton" if ("_token_sum", "triton") in used else "addmm"}
+            return {name: 2e-6 if name in slow else 1e-6 for name in functions}
+
+        assert run("--shapes", "20,40,48,8", timer=timer) == 0
+        kernels = ("_g_and_dA", "triton"), ("_project", "triton"), ("_token_sum", "addmm")
+        assert timed == [("together", "apart", *kernels)]
+        plan = planned(TEST_GPU, 20, 40, 48, 8)
+        assert plan.g_with_dA
+        assert (plan.apart.g.path, plan.apart.dA.path) == ("triton", "addmm")
+        assert "g+dA        together together 1.0 us, apart 2.0 us" in capsys.readouterr().out
 
     @pytest.mark.parametrize("product", [*STEPS, "forward"])
     @pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
@@ -512,7 +654,7 @@ class TestCommand:
         else:
             name = function[getattr(planned(), product).primitive]
             monkeypatch.setattr(ops, name, faulty(getattr(ops, name)))
-        timer = fake_timer({"small": 1e-6, "triton": 2e-6, "addmm": 3e-6})
+        timer = fake_timer()
         assert run("--shapes", "4,40,48,8", timer=timer) == 0
         bad = "small" if product == "forward" else "triton"
         rows = [r for r in measured.read_rows(cache) if r.product == product and not r.dropout]
@@ -532,6 +674,38 @@ class TestCommand:
                 step = getattr(plan, product)
                 assert step.path == "addmm" or plan.one_launch
         assert "failed" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("result", [0, 1], ids=["g", "dA"])
+    @pytest.mark.parametrize("fault", ["wrong", "nan", "raises", "shape"])
+    def test_a_faulty_launch_of_g_and_dA_is_never_chosen(self, cache, monkeypatch, fault, result):
+        """Though by the clock it is the fastest."""
+        from fastlora.kernels import backward
+
+        def faulty(*args):
+            results = list(launch(*args))
+            if fault == "raises":
+                raise RuntimeError("PTXAS error")
+            if fault == "shape":
+                results[result] = results[result][1:]
+            else:
+                results[result][-1, -1] += 1.0 if fault == "wrong" else float("nan")
+            return tuple(results)
+
+        launch = backward.g_and_dA
+        monkeypatch.setattr(backward, "g_and_dA", faulty)
+        timer = fake_timer(together=1e-6)
+        assert run("--shapes", "20,40,48,8", timer=timer) == 0
+        rows = [r for r in measured.read_rows(cache) if r.status != "ok"]
+        assert [(r.product, r.path) for r in rows] == [("g+dA", "together")]
+        assert rows[0].status.startswith(
+            {"wrong": "check failed: largest error", "raises": "failed: RuntimeError: PTXAS"}.get(
+                fault, "check failed: not finite, or of another shape"
+            )
+        )
+        assert not any("together" in seen for seen in timer.seen)
+        write(cache, together(1.0, 2.0, gpu=TEST_GPU))
+        for sizes in ((20, 40, 48, 8), (8192, 40, 48, 8), (4096, 4096, 4096, 16)):
+            assert not planned(TEST_GPU, *sizes).g_with_dA
 
     def test_wrong_dropout_is_seen(self, cache, monkeypatch):
         """dx without the mask, a known bug elsewhere."""
@@ -560,10 +734,10 @@ class TestCommand:
 
     def test_interrupted(self, cache, capsys):
         """What was measured before is kept, and planned with."""
-        timer = fake_timer({"small": 1e-6, "triton": 2e-6, "addmm": 3e-6})
+        timer = fake_timer()
 
         def interrupting(functions):
-            if len(timer.seen) == 9:
+            if len(timer.seen) == 10:
                 raise KeyboardInterrupt
             return timer(functions)
 
