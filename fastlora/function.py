@@ -254,7 +254,7 @@ def lora_linear(
         weight: (N, K), the frozen weight, in x's dtype (any floating dtype under autocast).
         A: (N, R), the up-projection (PEFT's ``lora_B.weight``).
         B: (R, K), the down-projection (PEFT's ``lora_A.weight``), in A's dtype. The adapters may be float32
-            on a half-precision base; they are rounded to x's dtype as they are read.
+            on a half-precision base; kernels and BLAS round them to x's dtype as they are read.
         alpha: the multiplier of the update (PEFT's scaling, ``lora_alpha / r``).
         bias: (N,) in weight's dtype, or None.
         dropout: probability in [0, 1] of dropping an element of the update's input, resolved to 1/65536. It
@@ -279,6 +279,20 @@ def lora_linear(
         regular = False
     if not regular:  # unusual or wrong
         check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
+    return compute(x, weight, A, B, float(alpha), bias, float(dropout), seed)
+
+
+def compute(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """:func:`lora_linear` of arguments that have been checked."""
     if _autocast_on(x):
         dtype = compute_dtype(x)
         # Casting here, outside the function, gives every gradient its tensor's own dtype.
@@ -298,7 +312,7 @@ def lora_linear(
     elif seed is None:
         # Drawn outside the operator, so that checkpointing recomputes with the same seed.
         seed = reference.new_seed(x.device)
-    arguments = (x, weight, A, B, bias, float(alpha), float(dropout), seed, current_mode())
+    arguments = (x, weight, A, B, bias, alpha, dropout, seed, current_mode())
     if torch.is_grad_enabled() and (
         x.requires_grad or A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
     ):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from fastlora.function import _autocast_on, lora_linear
+from fastlora.function import _autocast_on, compute
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALF, torch.float64)
@@ -76,7 +76,8 @@ class FusedLinear(LoraLinear):
         if isinstance(scaling, Tensor):
             # Reading its value would wait for the device and break a compiled graph.
             A, scaling = (A * scaling).to(A.dtype), 1.0
-        return lora_linear(x, weight, A, B, scaling, bias, dropout)
+        # find_operands and why_not_input have checked what lora_linear would check again.
+        return compute(x, weight, A, B, float(scaling), bias, dropout, None)
 
 
 def _branch_of(layer: FusedLinear, x: Tensor | None) -> tuple | str:
@@ -153,6 +154,8 @@ def find_operands(layer: LoraLinear) -> Operands | str:
         if drop.inplace:
             return "lora_dropout works in place"
         p = float(drop.p)
+        if not 0.0 <= p <= 1.0:
+            return f"lora_dropout is {p}"  # PyTorch has its own error for that
     return Operands(weight, bias, A, B, scaling, p)
 
 

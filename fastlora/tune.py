@@ -193,7 +193,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
             small = Step("gemm", "triton", planner.small_config(problem), "")
             return ops._small_forward(small, t.x, t.weight, t.A, t.B, None, ALPHA)[0]
         if path == "addmm":
-            return ops._addmm_forward(t.x, t.weight, t.A, t.B, None, ALPHA)[0]
+            return ops._addmm_forward(t.x, t.weight, t.A, t.B, None, ALPHA, None)[0]
         h = ops._project(step("h", path), t.x, t.B.t())
         return ops._gemm(step("y", path), t.x, t.weight.t(), h, t.A.t(), ALPHA)
 

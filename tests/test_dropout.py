@@ -58,6 +58,15 @@ class TestOneMask:
         assert all(torch.equal(masks[0], mask) for mask in masks[1:])
 
     @every_run
+    def test_a_mask_drawn_in_inference_mode_serves_training(self, run):
+        """Masks are remembered on a CPU; a tensor made in inference mode must not get in autograd's way."""
+        case = tensors(2, 5, 16, 2, device=run.device)
+        function = fused(0.5, 0.5, torch.tensor([78], device=run.device), run.path)
+        with torch.inference_mode():
+            first = function(case.x, case.weight, case.A, case.B, case.bias)
+        assert torch.equal(first, differentiate(function, case).y)
+
+    @every_run
     def test_only_the_update_is_dropped(self, run):
         case = tensors(20, 24, 40, 4, device=run.device)
         case.A.zero_()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports those of the layers below its own, at the top of its file or in a function.
 LAYERS = (
     ("fastlora.kernels.configs", "fastlora.measured"),
-    ("fastlora.planner", "fastlora.reference"),
+    ("fastlora.flops", "fastlora.planner", "fastlora.reference"),
     ("fastlora.ops",),
     ("fastlora.function",),
     ("fastlora.linear",),

@@ -153,6 +153,21 @@ class TestDropout:
         for rows, columns in ((70, 90), (1, 1), (33, 17), (70, 5), (2, 90), (0, 9)):
             assert torch.equal(reference.keep_mask(seed, rows, columns, 0.3), whole[:rows, :columns])
 
+    @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64])
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 37), (1, 1024), (64, 1024), (0, 9), (9, 0)])
+    def test_a_small_mask_is_drawn_alike_with_and_without_numpy(self, shape, seed, monkeypatch):
+        drawn = [reference.keep_mask(torch.tensor([seed]), *shape, p) for p in (0.1, 0.5)]
+        monkeypatch.setattr(reference, "numpy", None)
+        for keep, p in zip(drawn, (0.1, 0.5), strict=True):
+            assert torch.equal(keep, reference.keep_mask(torch.tensor([seed]), *shape, p))
+
+    def test_a_changed_mask_changes_no_later_one(self):
+        seed = torch.tensor([77])
+        kept = reference.keep_mask(seed, 4, 30, 0.5)
+        expected = kept.clone()
+        kept.fill_(False)
+        assert torch.equal(reference.keep_mask(seed, 4, 30, 0.5), expected)
+
     @pytest.mark.parametrize("other", [-6, 5, (1 << 40) - 5, 2**63 - 5])
     def test_both_halves_of_the_seed_count(self, other):
         mine = reference.keep_mask(torch.tensor([-5]), 100, 100, 0.5)
