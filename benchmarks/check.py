@@ -8,11 +8,10 @@ the worse of PEFT's form (the update in float32) and the eager form under autoca
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from providers import Layer, Problem, make_problem, outputs
+from problem import AnyProblem, Layer, outputs
 from torch import Tensor
 
 FACTOR = 2.0
@@ -28,32 +27,6 @@ class Error:
     rms: float
 
 
-def dropped(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    """x where ``keep`` is True, over 1 - dropout, else 0; x itself without a mask."""
-    return x if keep is None else torch.where(keep, x * (1.0 / (1.0 - dropout)), x.new_zeros(()))
-
-
-def reference(problem: Problem, *, frozen: bool = False, keep: Tensor | None = None) -> dict[str, Tensor]:
-    """y: (M, N), dx: (M, K), dA: (N, R) and dB: (R, K) in float64 from the problem's rounded values.
-
-    ``frozen``: y and dx of the frozen linear alone. ``keep``: dropout's mask, bool (M, K); none without it.
-    """
-    p = problem
-    x, dy, weight, A, B = (t.detach().double() for t in (p.x, p.dy, p.weight, p.A, p.B))
-    y = x @ weight.t() if p.bias is None else torch.addmm(p.bias.double(), x, weight.t())
-    dx = dy @ weight
-    if frozen:
-        return {"y": y, "dx": dx}
-    x = dropped(x, keep, p.dropout)
-    h, g = x @ B.t(), dy @ A
-    return {
-        "y": y.addmm_(h, A.t(), alpha=p.alpha),
-        "dx": dx.add_(dropped(g @ B, keep, p.dropout), alpha=p.alpha),
-        "dA": (dy.t() @ h).mul_(p.alpha),
-        "dB": (g.t() @ x).mul_(p.alpha),
-    }
-
-
 def error(actual: Tensor, exact: Tensor) -> Error:
     """Of ``actual`` against float64 ``exact``; ValueError if the shapes differ."""
     if actual.shape != exact.shape:
@@ -62,36 +35,16 @@ def error(actual: Tensor, exact: Tensor) -> Error:
     return Error(distance.max().item(), distance.square_().mean().sqrt().item())
 
 
-def _eager_layer(problem: Problem, dtype: torch.dtype, form: str, keep: Tensor | None) -> Layer:
-    """Eager PyTorch with adapters of ``dtype``; ``form``: "plain", "peft" or "autocast"."""
-    p = problem
-    A, B = (t.detach().to(dtype, copy=True).requires_grad_() for t in (p.A, p.B))
-
-    def plain(x: Tensor) -> Tensor:
-        update = F.linear(F.linear(dropped(x, keep, p.dropout), B), A)
-        return F.linear(x, p.weight, p.bias) + p.alpha * update
-
-    def peft(x: Tensor) -> Tensor:
-        update = F.linear(F.linear(dropped(x.to(dtype), keep, p.dropout), B), A)
-        return (F.linear(x, p.weight, p.bias) + update * p.alpha).to(x.dtype)
-
-    def autocast(x: Tensor) -> Tensor:
-        with torch.autocast(p.device.type, p.dtype):
-            return plain(x)
-
-    return Layer({"plain": plain, "peft": peft, "autocast": autocast}[form], (A, B))
-
-
 class Checker:
     """Checks the layers of one problem; the float64 results and eager errors are computed once.
 
     With a mask ``keep``, bool (M, K), the layers have to drop just these elements, else none.
     """
 
-    def __init__(self, problem: Problem, keep: Tensor | None = None) -> None:
+    def __init__(self, problem: AnyProblem, keep: Tensor | None = None) -> None:
         self._problem = problem
         self._keep = keep
-        self._references = {frozen: reference(problem, frozen=frozen, keep=keep) for frozen in (False, True)}
+        self._references = {frozen: problem.exact(frozen=frozen, keep=keep) for frozen in (False, True)}
         self._bounds: dict[torch.dtype, dict[str, Error]] = {}
 
     def bounds(self, adapter_dtype: torch.dtype) -> dict[str, Error]:
@@ -101,7 +54,7 @@ class Checker:
             eager = [
                 {name: error(value, exact[name]) for name, value in outputs(layer, problem).items()}
                 for problem, exact in self._draws()
-                for layer in (_eager_layer(problem, adapter_dtype, form, self._keep) for form in forms)
+                for layer in (problem.eager(adapter_dtype, form, self._keep) for form in forms)
             ]
             self._bounds[adapter_dtype] = {
                 name: Error(
@@ -112,18 +65,16 @@ class Checker:
             }
         return self._bounds[adapter_dtype]
 
-    def _draws(self) -> Iterator[tuple[Problem, dict[str, Tensor]]]:
+    def _draws(self) -> Iterator[tuple[AnyProblem, dict[str, Tensor]]]:
         """The problem with its float64 results, and for few tokens other draws of it too.
 
         Few tokens make few roundings, and luck would decide whose are larger.
         """
-        p = self._problem
-        yield p, self._references[False]
-        if p.shape.M < FEW_TOKENS:
+        yield self._problem, self._references[False]
+        if self._problem.shape.M < FEW_TOKENS:
             for seed in range(1, EXTRA_DRAWS + 1):
-                drawn = make_problem(p.shape, p.dtype, p.device, bias=p.bias is not None, seed=1000 + seed)
-                drawn = replace(drawn, dropout=p.dropout)
-                yield drawn, reference(drawn, keep=self._keep)
+                drawn = self._problem.redrawn(1000 + seed)
+                yield drawn, drawn.exact(keep=self._keep)
 
     def failures(self, layer: Layer, adapter_dtype: torch.dtype | None) -> list[str]:
         """What is wrong with the layer's y and gradients, one line each; empty if it is right.
@@ -136,8 +87,9 @@ class Checker:
         actual = outputs(layer, self._problem)
         if actual.keys() != exact.keys():
             return [f"outputs {', '.join(actual)}, expected {', '.join(exact)}"]
-        if actual["y"].dtype != self._problem.dtype:
-            return [f"y: {actual['y'].dtype}, expected {self._problem.dtype}"]
+        for name, value in actual.items():
+            if name.startswith("y") and value.dtype != self._problem.dtype:
+                return [f"{name}: {value.dtype}, expected {self._problem.dtype}"]
         return [line for name in exact for line in _exceeded(name, actual[name], exact[name], bounds[name])]
 
 
@@ -157,15 +109,14 @@ def _exceeded(name: str, actual: Tensor, exact: Tensor, bound: Error) -> list[st
     ]
 
 
-def _poison_free_memory(problem: Problem) -> None:
+def _poison_free_memory(problem: AnyProblem) -> None:
     """Leaves NaN in the device memory that the next outputs are allocated from.
 
     An element that no kernel writes then shows. On a CPU the allocator takes no such hint.
     """
     if problem.device.type != "cuda":
         return
-    shape = problem.shape
-    floats = 2 * (shape.M * (shape.N + shape.K) + shape.R * (shape.N + shape.K + 2 * shape.M)) + 2**20
     torch.cuda.empty_cache()
+    floats = 2 * problem.elements + 2**20
     poison = torch.full((floats,), float("nan"), device=problem.device, dtype=torch.float32)
     del poison

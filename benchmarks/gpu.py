@@ -31,7 +31,7 @@ import threading
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,7 +43,7 @@ import torch  # noqa: E402
 from measure import Checks, Measurement, Plan, base_row, measure  # noqa: E402
 from plot import draw  # noqa: E402
 from primitives import measure_products  # noqa: E402
-from providers import PROVIDERS, Provider, make_problem, select  # noqa: E402
+from providers import Provider  # noqa: E402
 from results import (  # noqa: E402
     OK,
     CsvWriter,
@@ -52,9 +52,24 @@ from results import (  # noqa: E402
     environment,
     noise_warning,
     ratio_table,
+    step_table,
     write_json,
 )
-from shapes import DECODE_SHAPES, TINY_SHAPES, TRAINING_SHAPES, Shape, llm_shapes  # noqa: E402
+from shapes import (  # noqa: E402
+    DECODE_SHAPES,
+    DECODE_TOKENS,
+    GROUP_SHAPES,
+    MODEL_SHAPES,
+    TINY_GROUP_SHAPES,
+    TINY_MODEL_SHAPES,
+    TINY_SHAPES,
+    TRAINING_SHAPES,
+    AnyShape,
+    GroupShape,
+    Shape,
+    llm_shapes,
+)
+from tables import KINDS, TRAINING, select  # noqa: E402
 from timing import Budget  # noqa: E402
 
 SECTIONS = {
@@ -66,19 +81,24 @@ SECTIONS = {
     "decode": "inference of 1 and 16 tokens",
     "host": "host time of a call with one token",
     "dropout": "forward and backward with dropout 0.1",
+    "group": "q/k/v and gate/up as groups: forward, backward, both, inference",
+    "model": "a decoder layer: forward and backward, training step",
 }
-TRAINING = ("forward", "backward", "both")
 PRODUCTS = ("y", "dx", "h", "g", "dA", "dB", "g+dA")
 # Odd sizes and ranks for the check alone, beside an LLM layer.
 CHECK_SHAPES = [Shape(333, 515, 1029, 24), Shape(70, 1000, 77, 3), Shape(512, 4096, 4096, 16)]
+CHECK_GROUPS = [GroupShape(333, (515, 260, 64), 1029, 24)]
 # Share of the minutes kept for pictures and tables, and its upper bound in seconds.
 RESERVE, MOST_RESERVE = 0.1, 20.0
 PICTURES = {
     "training": ("training", "dropout"),
     "decode": ("decode", "host"),
     "mainloop": ("mainloop",),
+    "group": ("group",),
+    "model": ("model",),
 }
-# Compiling takes longer than measuring, so torch.compile runs on the shapes of this rank alone.
+# Compiling takes longer than measuring, so torch.compile runs on layers of this rank alone, and on the first
+# of the decoder layers.
 COMPILE_RANK = 16
 
 
@@ -110,22 +130,28 @@ class Target:
 # --- Work ------------------------------------------------------------------------------------------------
 
 
-def shapes_of(section: str, target: Target) -> tuple[list[Shape], list[Shape]]:
+Providers = Mapping[type[AnyShape], list[Provider]]
+TINY = {"training": TINY_SHAPES, "group": TINY_GROUP_SHAPES, "model": TINY_MODEL_SHAPES}
+
+
+def shapes_of(section: str, target: Target) -> tuple[list[AnyShape], list[AnyShape]]:
     """A section's shapes: those that every run should have, and those for the time that is left."""
     if target.dry:
-        return (TINY_SHAPES if section == "training" else TINY_SHAPES[1:]), []
+        return TINY.get(section, TINY_SHAPES[1:]), []
     if section == "mainloop":
         return llm_shapes((8192,), ranks=(16,)), []
     if section == "host":
         return [Shape(1, 4096, 4096, 16)], []
     if section == "dropout":
         return llm_shapes((8192, 4096), ranks=(16,)), []
-    shapes = TRAINING_SHAPES if section == "training" else DECODE_SHAPES
-    first = [s for s in shapes if s.R == 16 and (s.M >= 4096 or section == "decode")]
+    if section == "model":
+        return MODEL_SHAPES, []
+    shapes = {"training": TRAINING_SHAPES, "decode": DECODE_SHAPES, "group": GROUP_SHAPES}[section]
+    first = [s for s in shapes if s.R == 16 and (s.M >= 4096 or s.M in DECODE_TOKENS)]
     return first, [s for s in shapes if s not in first]
 
 
-def units(wanted: set[str], providers: list[Provider], target: Target) -> list[Unit]:
+def units(wanted: set[str], providers: Providers, target: Target) -> list[Unit]:
     """The work in the order of its weight: what a run that is cut short must have is first."""
     modes = tuple(mode for mode in TRAINING if mode in wanted)
     plans = {
@@ -134,6 +160,8 @@ def units(wanted: set[str], providers: list[Provider], target: Target) -> list[U
         "decode": target.plan("decode", ("inference",)),
         "host": target.plan("host", ("inference", "both"), timers=("cpu" if target.dry else "host",)),
         "dropout": target.plan("dropout", ("both",), dropout=0.1),
+        "group": target.plan("group", ()),
+        "model": target.plan("model", ()),
     }
     sections = [name for name in plans if name in wanted or (name == "training" and modes)]
     work = []
@@ -149,9 +177,12 @@ def units(wanted: set[str], providers: list[Provider], target: Target) -> list[U
     return work
 
 
-def _layer_unit(shape: Shape, plan: Plan, providers: list[Provider]) -> Unit:
-    chosen = [p for p in providers if p.name != "compile" or shape.R == COMPILE_RANK]
-    return Unit(f"{plan.section} {shape}", lambda: measure(shape, chosen, plan))
+def _layer_unit(shape: AnyShape, plan: Plan, providers: Providers) -> Unit:
+    kind, chosen = KINDS[type(shape)], providers[type(shape)]
+    plan = replace(plan, modes=plan.modes or kind.modes(shape))
+    if shape.R != COMPILE_RANK or shape in MODEL_SHAPES[1:]:
+        chosen = [provider for provider in chosen if provider.name != "compile"]
+    return Unit(f"{plan.section} {shape}", lambda: measure(shape, chosen, plan, kind.make))
 
 
 def _product_unit(shape: Shape, plan: Plan) -> Unit:
@@ -208,18 +239,19 @@ def run_tests(arguments: list[str], log: Path, seconds: float) -> str:
         return OK if passed > 0 else f"no test passed ({counts['skipped']} skipped)"
 
 
-def check_providers(providers: list[Provider], target: Target) -> list[Row]:
+def check_providers(providers: Providers, target: Target) -> list[Row]:
     """Each provider's status on the check shapes, nothing timed."""
-    shapes = TINY_SHAPES if target.dry else CHECK_SHAPES
+    shapes, groups = (TINY_SHAPES, TINY_GROUP_SHAPES) if target.dry else (CHECK_SHAPES, CHECK_GROUPS)
     dtypes = (target.dtype,) if target.dry else (torch.bfloat16, torch.float16)
+    cases = [(shape, dropout) for shape in shapes for dropout in (0.0, 0.1)]
     rows = []
-    for shape in shapes:
+    for shape, dropout in (*cases, *((group, 0.0) for group in groups)):
         for dtype in dtypes:
-            for dropout in (0.0, 0.1):
-                plan = target.plan("correctness", (), dtype=dtype, bias=True, dropout=dropout)
-                checks = Checks(make_problem(shape, dtype, target.device, bias=True, dropout=dropout))
-                base = base_row(shape, plan)
-                rows += [replace(base, provider=p.name, status=checks.status(p)) for p in providers]
+            plan = target.plan("correctness", (), dtype=dtype, bias=True, dropout=dropout)
+            make = KINDS[type(shape)].make
+            checks = Checks(make(shape, dtype, target.device, bias=True, dropout=dropout))
+            base = base_row(shape, plan)
+            rows += [replace(base, provider=p.name, status=checks.status(p)) for p in providers[type(shape)]]
     return rows
 
 
@@ -229,9 +261,7 @@ def wrong_rows(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row.provider.startswith("fastlora") and not row.status.startswith(fine)]
 
 
-def correctness(
-    out: Path, providers: list[Provider], target: Target, stamp: Environment, tests, seconds
-) -> str:
+def correctness(out: Path, providers: Providers, target: Target, stamp: Environment, tests, seconds) -> str:
     """OK, or why nothing may be timed. An earlier call's proof in ``out`` is taken where it still holds."""
     proof_file, valid_for = out / "correctness.json", proof(stamp, tests)
     if proof_file.exists() and json.loads(proof_file.read_text()) == valid_for:
@@ -324,7 +354,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default 9)")
     parser.add_argument("--seconds", type=float, default=0.8, help="to spend on one table cell's providers")
-    parser.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated (default: all)")
+    parser.add_argument("--providers", default=None, help="comma-separated (default: all)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--tests", default="tests -m cuda", help="pytest's arguments (default: %(default)s)")
     parser.add_argument(
@@ -390,6 +420,8 @@ def run(arguments: argparse.Namespace, target: Target) -> int:
     for line in wrong:
         print(f"WRONG: {line}")
     print(ratio_table(rows, None if target.dry else ("graph", "host")))
+    if any(row.section == "model" for row in rows):
+        print(step_table(rows))
     if warning := noise_warning(rows):
         print(warning)
     if budget.left_out:

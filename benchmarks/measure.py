@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from check import Checker
-from providers import FLOOR, Layer, Problem, Provider, Unavailable, make_problem, step
+from problem import AnyProblem, Layer, Unavailable, make_problem, step
+from providers import FLOOR, Provider
 from results import OK, Row
-from shapes import Shape
+from shapes import AnyShape
 from timing import (
     Clock,
     CudaEventClock,
@@ -66,20 +68,27 @@ class Measurement:
         }
 
 
-def measure(shape: Shape, providers: Sequence[Provider], plan: Plan) -> Measurement:
+def measure(
+    shape: AnyShape,
+    providers: Sequence[Provider],
+    plan: Plan,
+    make: Callable[..., AnyProblem] = make_problem,
+) -> Measurement:
     """Builds, checks, then times the providers on ``shape``, in turns within each mode and timer.
 
     A provider that is unavailable, raises, or fails its check gets a row that says so and is not timed.
+    ``make``: makes the problem of a shape, with the arguments of :func:`problem.make_problem`.
     """
-    bytes_per_set = plan.dtype.itemsize * (shape.M * (shape.N + shape.K) + shape.N * shape.K)
-    sets = input_sets(bytes_per_set, plan.device)
-    problems = [
-        make_problem(shape, plan.dtype, plan.device, bias=plan.bias, dropout=plan.dropout, seed=seed)
-        for seed in range(sets)
-    ]
-    layers, statuses = _checked_layers(providers, problems)
     measurement = Measurement()
     base = base_row(shape, plan)
+    problems: list[AnyProblem] = []
+    layers: dict[str, list[Layer]] = {}
+    try:
+        problems = _problems(shape, plan, make)
+    except Unavailable as reason:
+        statuses = dict.fromkeys((provider.name for provider in providers), f"unavailable: {reason}")
+    else:
+        layers, statuses = _checked_layers(providers, problems)
     for name, status in statuses.items():
         if status != OK:
             measurement.rows += [
@@ -103,7 +112,18 @@ def measure(shape: Shape, providers: Sequence[Provider], plan: Plan) -> Measurem
     return measurement
 
 
-def base_row(shape: Shape, plan: Plan) -> Row:
+def _problems(shape: AnyShape, plan: Plan, make: Callable[..., AnyProblem]) -> list[AnyProblem]:
+    """As many problems as it takes that none stays in the cache while the others have their turn."""
+
+    def problem(seed: int) -> AnyProblem:
+        return make(shape, plan.dtype, plan.device, bias=plan.bias, dropout=plan.dropout, seed=seed)
+
+    first = problem(0)
+    sets = input_sets(plan.dtype.itemsize * first.elements, plan.device, first.fewest_sets)
+    return [first, *(problem(seed) for seed in range(1, sets))]
+
+
+def base_row(shape: AnyShape, plan: Plan) -> Row:
     return Row(
         section=plan.section,
         M=shape.M,
@@ -128,47 +148,50 @@ def with_times(row: Row, timing: Timing, floor: Timing | None) -> Row:
 
 
 def _checked_layers(
-    providers: Sequence[Provider], problems: Sequence[Problem]
+    providers: Sequence[Provider], problems: Sequence[AnyProblem]
 ) -> tuple[dict[str, list[Layer]], dict[str, str]]:
     """The layers of each provider that is right on the first problem, and the status of every provider."""
-    checks = Checks(problems[0])
+    checks = Checks(problems[0].checked)
     layers: dict[str, list[Layer]] = {}
     statuses: dict[str, str] = {}
     for provider in providers:
-        statuses[provider.name] = checks.status(provider)
-        if statuses[provider.name] == OK:
-            layers[provider.name] = [provider.build(problem) for problem in problems]
+        status = checks.status(provider)
+        if status == OK:
+            layers[provider.name] = []
+            # More tokens than in the check may be too many for it.
+            status = _status(partial(_build, provider, problems, layers[provider.name]))
+        if status != OK:
+            layers.pop(provider.name, None)
+        statuses[provider.name] = status
     return layers, statuses
+
+
+def _build(provider: Provider, problems: Sequence[AnyProblem], layers: list[Layer]) -> None:
+    layers += [provider.build(problem) for problem in problems]
 
 
 class Checks:
     """Says of providers whether they are right on one problem."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: AnyProblem) -> None:
         self._problem = problem
-        self._plain = Checker(replace(problem, dropout=0.0))
+        self._undropped = replace(problem, dropout=0.0) if problem.dropout else problem
+        self._plain = Checker(self._undropped)
         self._seed = torch.tensor([20240607], device=problem.device)
         self._dropping: Checker | None = None
 
     def status(self, provider: Provider) -> str:
         """OK, "unavailable: why", "error: what it raised", or "check failed: what was wrong"."""
-        problem = self._problem
-        if problem.dropout and not provider.dropout:
+        if self._problem.dropout and not provider.dropout:
             return "unavailable: has no dropout"
-        try:
-            wrong = self._plain.failures(
-                provider.build(replace(problem, dropout=0.0)), provider.adapter_dtype
-            )
-            if problem.dropout and provider.seeded is not None:
-                layer = provider.seeded(problem, self._seed)
-                wrong += self._with_dropout().failures(layer, provider.adapter_dtype)
-        except Unavailable as reason:
-            return f"unavailable: {reason}"
-        except Exception as failure:
-            # Whatever another library raises ends up in its row; its place in the code helps to see why.
-            where = traceback.extract_tb(failure.__traceback__)[-1]
-            return f"error: {_one_line(failure)} ({where.name}, line {where.lineno})"
-        return f"check failed: {'; '.join(wrong)}" if wrong else OK
+        return _status(lambda: self._wrong(provider))
+
+    def _wrong(self, provider: Provider) -> list[str]:
+        wrong = self._plain.failures(provider.build(self._undropped), provider.adapter_dtype)
+        if self._problem.dropout and provider.seeded is not None:
+            layer = provider.seeded(self._problem, self._seed)
+            wrong += self._with_dropout().failures(layer, provider.adapter_dtype)
+        return wrong
 
     def _with_dropout(self) -> Checker:
         if self._dropping is None:
@@ -180,16 +203,27 @@ class Checks:
         return self._dropping
 
 
+def _status(attempt: Callable[[], list[str] | None]) -> str:
+    """OK, what the attempt says is wrong, or why it could not be made."""
+    try:
+        wrong = attempt()
+    except Unavailable as reason:
+        return f"unavailable: {reason}"
+    except Exception as failure:
+        # Whatever another library raises ends up in its row; its place in the code helps to see why.
+        where = traceback.extract_tb(failure.__traceback__)[-1]
+        return f"error: {_one_line(failure)} ({where.name}, line {where.lineno})"
+    return f"check failed: {'; '.join(wrong)}" if wrong else OK
+
+
 def _one_line(failure: BaseException) -> str:
     text = " ".join(str(failure).split())
     return f"{type(failure).__name__}: {text[:300]}"
 
 
-def _memory(layer: Layer, problem: Problem) -> dict[str, float | None]:
+def _memory(layer: Layer, problem: AnyProblem) -> dict[str, float | None]:
     """saved_mib and peak_mib of one training step."""
-    known = [problem.x, problem.weight, *layer.adapters]
-    if problem.bias is not None:
-        known.append(problem.bias)
+    known = [problem.x, *problem.frozen, *layer.adapters]
     peak = peak_bytes(step(layer, problem, "both"), problem.device)
     return {
         "saved_mib": saved_bytes(step(layer, problem, "forward"), known) / MIB,
@@ -197,22 +231,18 @@ def _memory(layer: Layer, problem: Problem) -> dict[str, float | None]:
     }
 
 
-def _path(name: str, problem: Problem) -> str:
+def _path(name: str, problem: AnyProblem) -> str:
     """What fastlora's planner chooses for the gemm of this problem; "" for other providers."""
     if not name.startswith("fastlora"):
         return ""
-    forced = name.removeprefix("fastlora-")
-    if forced in ("triton", "addmm", "reference"):
-        return forced
-    from fastlora import plan
-
-    p = problem
-    adapter_dtype = torch.float32 if forced == "fp32-adapters" else p.dtype
-    return plan(p.x, p.weight, p.A.to(adapter_dtype), p.B.to(adapter_dtype), p.bias, p.dropout).path
+    form = name.removeprefix("fastlora-")
+    if form in ("triton", "addmm", "reference"):
+        return form
+    return problem.path(name, torch.float32 if form == "fp32-adapters" else problem.dtype)
 
 
 def _timed(
-    layers: dict[str, list[Layer]], problems: Sequence[Problem], mode: str, timer: str, plan: Plan
+    layers: dict[str, list[Layer]], problems: Sequence[AnyProblem], mode: str, timer: str, plan: Plan
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Timings by provider, and why for each that could not be timed in this mode."""
     functions, failed = {}, {}
@@ -237,7 +267,9 @@ def _timed(
     return timings, failed
 
 
-def _prepared(built: list[Layer], problems: Sequence[Problem], mode: str, stream: torch.cuda.Stream | None):
+def _prepared(
+    built: list[Layer], problems: Sequence[AnyProblem], mode: str, stream: torch.cuda.Stream | None
+):
     """One function that runs all input sets: a graph replay if there is a stream, else plain calls."""
     if stream is None:
         return in_turn(step(layer, problem, mode) for layer, problem in zip(built, problems, strict=True))

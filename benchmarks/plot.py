@@ -85,7 +85,7 @@ def draw(rows: Sequence[Row], stamp: str, path: Path) -> bool:
         handles.update(
             {label: line for line, label in zip(*panel_axes.get_legend_handles_labels(), strict=True)}
         )
-    axes[-1, 0].set_xlabel("tokens, out x in, rank", fontsize=8)
+    axes[-1, 0].set_xlabel("tokens, out x in (of a decoder layer: sequence x hidden), rank", fontsize=8)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(stamp, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from check import FACTOR, SLACK, Error, error
 from measure import CLOCKS, Measurement, Plan, base_row, with_times
-from providers import Problem, make_problem
+from problem import Problem, make_problem
 from shapes import Shape
 from timing import alternate, captured, in_turn, input_sets
 from torch import Tensor

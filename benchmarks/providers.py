@@ -1,8 +1,7 @@
 """What the benchmarks compare: one builder for each way to compute a LoRA linear layer.
 
 A provider builds a layer from a problem's weights, without copying the frozen ones. Every layer is called as
-y = call(x), x: (M, K), y: (M, N), and names its trainable leaves (A: (N, R), B: (R, K)); forward, backward
-and both are then made here in the same way for all of them.
+y = call(x), x: (M, K), y: (M, N), and names its trainable leaves (A: (N, R), B: (R, K)).
 """
 
 from __future__ import annotations
@@ -10,80 +9,18 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from problem import AnyProblem, Layer, Problem, Unavailable
 from shapes import Shape
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-MODES = ("forward", "backward", "both", "inference")
 FLOOR = "frozen"
-
-
-class Unavailable(Exception):
-    """A provider cannot run here or cannot take this problem; the message says why."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The weights of one layer and one batch, the same for every provider.
-
-    x: (M, K), dy: (M, N), weight: (N, K), bias: (N,) or None, A: (N, R), B: (R, K); all of one dtype.
-    """
-
-    shape: Shape
-    x: Tensor
-    dy: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    alpha: float
-    dropout: float = 0.0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-
-def make_problem(
-    shape: Shape, dtype: torch.dtype, device: torch.device, *, bias: bool, dropout: float = 0.0, seed: int = 0
-) -> Problem:
-    """Random weights and a random batch; A is not zero, as if training had gone on for a while."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
-        return (values * scale).to(dtype)
-
-    M, N, K, R = shape.M, shape.N, shape.K, shape.R
-    return Problem(
-        shape=shape,
-        x=normal(M, K).requires_grad_(),
-        dy=normal(M, N),
-        weight=normal(N, K, scale=K**-0.5),
-        bias=normal(N) if bias else None,
-        A=normal(N, R, scale=R**-0.5),
-        B=normal(R, K, scale=K**-0.5),
-        alpha=1.5,
-        dropout=dropout,
-    )
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A built layer: ``call`` maps x to y; ``adapters`` are its leaves (A, B), none for the frozen linear."""
-
-    call: Callable[[Tensor], Tensor]
-    adapters: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,40 +37,6 @@ class Provider:
     adapter_dtype: torch.dtype | None = None
     dropout: bool = True
     seeded: Callable[[Problem, Tensor], Layer] | None = None
-
-
-def step(layer: Layer, problem: Problem, mode: str) -> Callable[[], object]:
-    """The callable that is timed for ``mode``: it returns what it computed, and keeps nothing.
-
-    forward: training forward. backward: dx and the adapters' gradients of one kept forward. both: the two.
-    inference: forward without autograd. ValueError for another mode.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
-    call, x, dy = layer.call, problem.x, problem.dy
-    leaves = (x, *layer.adapters)
-
-    def forward() -> Tensor:
-        return call(x)
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(call(x), leaves, dy)
-
-    @torch.no_grad()
-    def inference() -> Tensor:
-        return call(x)
-
-    if mode == "backward":
-        y = call(x)
-        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    return {"forward": forward, "both": both, "inference": inference}[mode]
-
-
-def outputs(layer: Layer, problem: Problem) -> dict[str, Tensor]:
-    """y and every gradient of one training step, by name."""
-    y = layer.call(problem.x)
-    gradients = torch.autograd.grad(y, (problem.x, *layer.adapters), problem.dy)
-    return {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), gradients, strict=False))}
 
 
 # --- PyTorch forms ---------------------------------------------------------------------------------------
@@ -262,11 +165,11 @@ def _build_compile(problem: Problem) -> Layer:
     try:
         torch.autograd.grad(compiled(p.x, p.weight, A, B, p.alpha, p.bias, p.dropout), (p.x, A, B), p.dy)
     except torch._inductor.exc.InductorError as error:
-        raise Unavailable(f"torch.compile failed: {_first_line(error)}") from error
+        raise Unavailable(f"torch.compile failed: {first_line(error)}") from error
     return Layer(lambda x: compiled(x, p.weight, A, B, p.alpha, p.bias, p.dropout), (A, B))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
@@ -274,7 +177,7 @@ def _first_line(error: BaseException) -> str:
 # --- Other libraries -------------------------------------------------------------------------------------
 
 
-def _import(module: str, attribute: str):
+def import_or_say_why(module: str, attribute: str):
     """``attribute`` of another library's ``module``, or Unavailable with the reason why not.
 
     Such an import runs the library's own code, which can fail with anything on a machine it does not know.
@@ -282,33 +185,60 @@ def _import(module: str, attribute: str):
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:
-        raise Unavailable(f"import of {module}.{attribute} failed: {_first_line(error)}") from error
+        raise Unavailable(f"import of {module}.{attribute} failed: {first_line(error)}") from error
 
 
-def _peft_layer(problem: Problem, *, cast_adapters: bool) -> nn.Module:
+def same_as_base(problem: AnyProblem, adapter_dtype: torch.dtype | None, name: str) -> None:
+    """Raises Unavailable if the base has ``adapter_dtype`` too: the provider is then ``name`` once more."""
+    if adapter_dtype == problem.dtype:
+        base = str(problem.dtype).removeprefix("torch.")
+        raise Unavailable(f"the base is {base}, so this is the same as {name}")
+
+
+def peft_layer(problem: Problem, *, cast_adapters: bool) -> nn.Module:
     """PEFT's own LoRA layer over the problem's weights. ``cast_adapters``: to fp32, PEFT's default."""
-    config_class, get_peft_model = _import("peft", "LoraConfig"), _import("peft", "get_peft_model")
     model = nn.Module()
     model.linear = _frozen_linear(problem)
-    rank = problem.shape.R
-    config = config_class(
-        r=rank, lora_alpha=problem.alpha * rank, target_modules=["linear"], lora_dropout=problem.dropout
+    adapters = {"linear": (problem.A, problem.B)}
+    wrap_by_peft(model, adapters, problem.alpha, problem.dropout, cast_adapters=cast_adapters)
+    return model.linear
+
+
+def wrap_by_peft(
+    model: nn.Module,
+    adapters: Mapping[str, tuple[Tensor, Tensor]],
+    alpha: float,
+    dropout: float,
+    *,
+    cast_adapters: bool,
+) -> tuple[Tensor, ...]:
+    """Gives the model's layers PEFT's adapters, in place; the leaves (A, B) of all layers, in their order.
+
+    ``adapters``: (A, B) by the layer's path. ``cast_adapters``: to fp32, PEFT's default.
+    """
+    get_peft_model = import_or_say_why("peft", "get_peft_model")
+    rank = next(iter(adapters.values()))[1].shape[0]
+    config = import_or_say_why("peft", "LoraConfig")(
+        r=rank, lora_alpha=alpha * rank, target_modules=list(adapters), lora_dropout=dropout
     )
     with warnings.catch_warnings():
         # It finds no `config` of a known model on a bare module, and says so once a layer.
         warnings.simplefilter("ignore", UserWarning)
-        model = get_peft_model(model, config, autocast_adapter_dtype=cast_adapters)
-    layer = model.base_model.model.linear
+        get_peft_model(model, config, autocast_adapter_dtype=cast_adapters)
+    leaves: list[Tensor] = []
     with torch.no_grad():
-        layer.lora_A["default"].weight.copy_(problem.B)
-        layer.lora_B["default"].weight.copy_(problem.A)
-    return layer
+        for path, (A, B) in adapters.items():
+            layer = model.get_submodule(path)
+            layer.lora_A["default"].weight.copy_(B)
+            layer.lora_B["default"].weight.copy_(A)
+            leaves += [layer.lora_B["default"].weight, layer.lora_A["default"].weight]
+    return tuple(leaves)
 
 
 def _build_peft(problem: Problem, *, cast_adapters: bool) -> Layer:
-    if not cast_adapters and problem.dtype == torch.float32:
-        raise Unavailable("the base is float32, so this is the same as peft")
-    layer = _peft_layer(problem, cast_adapters=cast_adapters)
+    if not cast_adapters:
+        same_as_base(problem, torch.float32, "peft")
+    layer = peft_layer(problem, cast_adapters=cast_adapters)
     return Layer(layer, (layer.lora_B["default"].weight, layer.lora_A["default"].weight))
 
 
@@ -316,8 +246,8 @@ def _build_unsloth(problem: Problem) -> Layer:
     """Unsloth's form for one projection; importing Unsloth patches other libraries, so it comes last."""
     if problem.bias is not None:
         raise Unavailable("apply_lora_o has no bias")
-    apply_lora = _import("unsloth.kernels", "apply_lora_o")
-    layer = _peft_layer(problem, cast_adapters=False)
+    apply_lora = import_or_say_why("unsloth.kernels", "apply_lora_o")
+    layer = peft_layer(problem, cast_adapters=False)
     holder = SimpleNamespace(o_proj=layer)
     leaves = (layer.lora_B["default"].weight, layer.lora_A["default"].weight)
     return Layer(lambda x: apply_lora(holder, x.unsqueeze(0)).squeeze(0), leaves)
@@ -325,7 +255,7 @@ def _build_unsloth(problem: Problem) -> Layer:
 
 def _build_lorafusion(problem: Problem) -> Layer:
     """LoRAFusion's fused linear; its lora_a is our B and its lora_b our A."""
-    fused_linear_lora = _import("lorafusion.ops.lora_v1", "fused_linear_lora")
+    fused_linear_lora = import_or_say_why("lorafusion.ops.lora_v1", "fused_linear_lora")
     p, (A, B) = problem, _adapters(problem)
 
     def call(x: Tensor) -> Tensor:
@@ -344,11 +274,11 @@ def _build_fastlora(
     problem: Problem, *, path: str | None = None, adapter_dtype: torch.dtype | None = None
 ) -> Layer:
     """fastlora's module over the problem's weights; ``path`` None leaves the choice to its planner."""
-    if adapter_dtype == problem.dtype:
-        raise Unavailable(f"the base is {problem.dtype}, so this is the same as fastlora")
+    same_as_base(problem, adapter_dtype, "fastlora")
     if path == "triton" and problem.device.type != "cuda":
         raise Unavailable("the Triton kernels need a GPU; Triton's interpreter is not worth timing")
-    fused_class, use_path = _import("fastlora", "FusedLoRALinear"), _import("fastlora", "use_path")
+    fused_class = import_or_say_why("fastlora", "FusedLoRALinear")
+    use_path = import_or_say_why("fastlora", "use_path")
     layer = fused_class.from_linear(
         _frozen_linear(problem),
         problem.shape.R,
@@ -372,7 +302,8 @@ def _build_fastlora(
 def _build_seeded(
     problem: Problem, seed: Tensor, *, path: str = "auto", adapter_dtype: torch.dtype | None = None
 ) -> Layer:
-    lora_linear, use_path = _import("fastlora", "lora_linear"), _import("fastlora", "use_path")
+    lora_linear = import_or_say_why("fastlora", "lora_linear")
+    use_path = import_or_say_why("fastlora", "use_path")
     p, (A, B) = problem, _adapters(problem, adapter_dtype)
 
     def call(x: Tensor) -> Tensor:
@@ -433,15 +364,3 @@ PROVIDERS = {
         Provider("unsloth", _build_unsloth, "Unsloth's apply_lora_o", dropout=False),
     )
 }
-
-
-def select(names: str) -> list[Provider]:
-    """The providers of a comma-separated list, in the order of PROVIDERS, with the floor always among them.
-
-    ValueError that lists the known names if one is unknown.
-    """
-    wanted = {name.strip() for name in names.split(",")}
-    unknown = sorted(wanted - PROVIDERS.keys())
-    if unknown:
-        raise ValueError(f"unknown providers {', '.join(unknown)}; known: {', '.join(PROVIDERS)}")
-    return [provider for name, provider in PROVIDERS.items() if name in wanted | {FLOOR}]

@@ -97,6 +97,9 @@ class Row:
     the calls). ratio: to the frozen linear, median over the rounds; ratio_low and ratio_high its quartiles.
     spread: distance of the quartiles of the time over its median. peak_mib: device memory that one training
     step takes. saved_mib: kept for backward beyond x and the parameters.
+
+    N of a group is the sum of its layers' output features; a decoder layer ("model") has its sequence's
+    length as N and its hidden size as K.
     """
 
     section: str
@@ -187,6 +190,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 NOISE = "frozen-again"
+PEFT = "peft"
 
 
 def ratio_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
@@ -220,6 +224,35 @@ def _cell(ratios: Sequence[float], shapes: int) -> str:
         return "-"
     count = "" if len(ratios) == shapes else f" [{len(ratios)}]"
     return f"{geometric_mean(ratios):.3f} ({max(ratios):.3f}){count}"
+
+
+def step_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
+    """The training steps of section "model": time, tokens a second, PEFT's time over it, memory.
+
+    A block for each (shape, dtype, timer). ``timers``: only these.
+    """
+    blocks: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.mode == "step" and row.median_ms is not None and (timers is None or row.timer in timers):
+            blocks.setdefault((row.M, row.N, row.K, row.R, row.dtype, row.timer), []).append(row)
+    if not blocks:
+        return "no training step was measured"
+    lines = ["a training step of one decoder layer: forward, backward, AdamW on the adapters"]
+    for (M, N, K, R, dtype, timer), block in blocks.items():
+        lines.append(f"{M // N} x {N} tokens, hidden {K}, rank {R}, {dtype}, {timer} timer")
+        heads = ("step ms", "tokens/s", "over PEFT", "peak MiB", "kept MiB")
+        lines.append(" " * 28 + "".join(f"{head:>11}" for head in heads))
+        peft = next((row.median_ms for row in block if row.provider == PEFT), None)
+        for row in block:
+            cells = (
+                f"{row.median_ms:.3f}",
+                f"{M / row.median_ms * 1e3:.0f}",
+                "-" if peft is None else f"{peft / row.median_ms:.3f}x",
+                "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+                "-" if row.saved_mib is None else f"{row.saved_mib:.1f}",
+            )
+            lines.append(f"  {row.provider:<26}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
 
 
 def noise_warning(rows: Iterable[Row], allowed: float = 1.05) -> str | None:

@@ -204,12 +204,12 @@ def captured(function: Callable[[], object], stream: torch.cuda.Stream) -> Calla
     return graph.replay
 
 
-def input_sets(bytes_per_set: int, device: torch.device) -> int:
+def input_sets(bytes_per_set: int, device: torch.device, fewest: int = 2) -> int:
     """How many input sets to rotate: on a GPU together three times its L2 cache, one on a CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(32, math.ceil(3 * cache / max(bytes_per_set, 1))))
+    return max(fewest, min(32, math.ceil(3 * cache / max(bytes_per_set, 1))))
 
 
 def saved_bytes(step: Callable[[], object], known: Iterable[Tensor]) -> int:

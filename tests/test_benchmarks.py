@@ -8,27 +8,37 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from fastlora import ops
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu  # noqa: E402
+import group_providers  # noqa: E402
+import model_providers  # noqa: E402
 import plot  # noqa: E402
 import providers  # noqa: E402
 import results  # noqa: E402
 import shapes  # noqa: E402
+import tables  # noqa: E402
 import timing  # noqa: E402
 from measure import Checks, Plan, measure  # noqa: E402
 from primitives import ONE_LAUNCH, UPDATE_OFF, failures, products  # noqa: E402
-from providers import PROVIDERS, Layer, Provider, Unavailable, make_problem  # noqa: E402
-from shapes import Shape  # noqa: E402
+from problem import Layer, Problem, Unavailable, make_problem, step  # noqa: E402
+from providers import PROVIDERS, Provider  # noqa: E402
+from shapes import GroupShape, ModelShape, Shape  # noqa: E402
 
+# On a busy machine a second thread costs many times what it saves.
+torch.set_num_threads(1)
 CPU = torch.device("cpu")
 SMALL = Shape(33, 40, 48, 4)
+GROUP, MODEL = shapes.TINY_GROUP_SHAPES[0], shapes.TINY_MODEL_SHAPES[0]
 PLAN = Plan("test", ("both",), ("cpu",), torch.float32, CPU, seconds=0.001, min_rounds=2, min_sample=0.0)
 
 
@@ -51,10 +61,48 @@ def test_shape_lists_are_those_of_the_issue():
     assert all(s.M >= 4096 and s.R == 16 for s in shapes.TRAINING_SHAPES[:10])
 
 
-@pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "1,2,3,4,5", "0,1,1,1", ""])
+def test_groups_and_decoder_layers_are_those_of_llama_3():
+    groups = {(s.M, s.widths, s.K, s.R) for s in shapes.GROUP_SHAPES}
+    features = {((4096, 1024, 1024), 4096), ((14336, 14336), 4096), ((8192, 1024, 1024), 8192)}
+    assert groups == {
+        (M, widths, K, R) for M in (1, 16, 512, 4096, 8192) for widths, K in features for R in (16, 64, 128)
+    }
+    assert shapes.GROUP_SHAPES[0].N == 6144
+    layer = shapes.MODEL_SHAPES[0]
+    assert (layer.hidden, layer.heads, layer.kv_heads, layer.intermediate, layer.R) == (
+        4096,
+        32,
+        8,
+        14336,
+        16,
+    )
+    assert {(s.batch, s.sequence) for s in shapes.MODEL_SHAPES} == {(1, 4096), (2, 4096), (4, 2048), (8, 512)}
+    assert {s.M for s in shapes.MODEL_SHAPES} == {4096, 8192}
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("5,24,17,3", Shape(5, 24, 17, 3)),
+        ("5,24+9,17,3", GroupShape(5, (24, 9), 17, 3)),
+        ("2x24,32,4", ModelShape(2, 24, 32, 4)),
+    ],
+)
+def test_shapes_are_read_by_how_they_are_written(text, shape):
+    assert shapes.parse(text) == shape
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1,2,3", "a,b,c,d", "1,2,3,4,5", "0,1,1,1", ""),
+        *("1,2+0,3,4", "1,2+,3,4", "1,2+2,3"),
+        *("2x,32,4", "0x4,32,4", "2x24,33,4", "2x24,32", "2x3x4,32,4"),
+    ],
+)
 def test_shape_refuses_what_is_none(text):
-    with pytest.raises(ValueError, match=r"M,N,K,R|at least 1"):
-        Shape.parse(text)
+    with pytest.raises(ValueError, match=r"M,N,K,R|M,N\+N\+N,K,R|BATCHxSEQUENCE,K,R|at least 1"):
+        shapes.parse(text)
 
 
 # --- The check before the timing ---
@@ -95,9 +143,9 @@ def broken(what):
             if what == "y":
                 y = y * 1.001
             elif what == "nan":
-                y = torch.where(torch.arange(y.shape[1]) == 3, float("nan"), y)
+                y = torch.where(torch.arange(y.shape[-1]) == 3, float("nan"), y)
             elif what == "shape":
-                y = y[:, :-1]
+                y = y[..., :-1]
             elif what == "dtype":
                 y = y.double()
             elif what == "raises":
@@ -135,6 +183,76 @@ def test_wrong_provider_is_reported_and_not_timed(what, message):
     assert rows["eager"].median_ms > 0
 
 
+def broken_branch(what):
+    """A group that is right in everything but ``what`` of its second branch."""
+    wrong, calls = broken(what)
+
+    def build(problem):
+        layers = [correct_layer(branch) for branch in problem.branches]
+        layers[1] = wrong.build(problem.branches[1])
+        return group_providers.joined(layers)
+
+    return replace(wrong, build=build), calls
+
+
+def broken_projection(what):
+    """A decoder layer that is right in everything but ``what`` of its up_proj."""
+    wrong, calls = broken(what)
+
+    def build(problem):
+        layer, leaves = problem.copy(), []
+        for path, (A, B) in problem.adapters.items():
+            linear = layer.get_submodule(path)
+            part = Problem(None, problem.x, problem.dy, linear.weight, None, A, B, problem.alpha)
+            built = wrong.build(part) if path == "mlp.up_proj" else correct_layer(part)
+            linear.forward = built.call
+            leaves += built.adapters
+        return Layer(problem.called(layer), tuple(leaves))
+
+    return replace(wrong, build=build), calls
+
+
+def swapped_branches(problem):
+    """Each branch has the multiplier of another one."""
+    alphas = [branch.alpha for branch in problem.branches]
+    branches = [replace(b, alpha=alpha) for b, alpha in zip(problem.branches, reversed(alphas), strict=True)]
+    return group_providers.joined([correct_layer(branch) for branch in branches])
+
+
+@pytest.mark.parametrize(
+    ("shape", "break_it", "what", "message"),
+    [
+        (GROUP, broken_branch, "y", "check failed: y1: largest error"),
+        (GROUP, broken_branch, "dx", "check failed: dx: "),
+        (GROUP, broken_branch, "dA", "check failed: dA1: "),
+        (GROUP, broken_branch, "dB", "check failed: dB1: "),
+        (GROUP, broken_branch, "nan", "check failed: y1: largest error nan"),
+        (GROUP, broken_branch, "dtype", "check failed: y1: torch.float64, expected torch.float32"),
+        (GROUP, broken_branch, "raises", "error: RuntimeError: kernel went away"),
+        (MODEL, broken_projection, "y", "check failed: y: largest error"),
+        (MODEL, broken_projection, "dx", "check failed: dx: "),
+        (MODEL, broken_projection, "dA", "check failed: dA of mlp.up_proj: "),
+        (MODEL, broken_projection, "dB", "check failed: dB of mlp.up_proj: "),
+        (MODEL, broken_projection, "raises", "error: RuntimeError: kernel went away"),
+    ],
+)
+def test_wrong_group_or_model_is_reported_and_not_timed(shape, break_it, what, message):
+    wrong, calls = break_it(what)
+    kind = tables.KINDS[type(shape)]
+    measured = measure(shape, [kind.providers["frozen"], wrong, kind.providers["fastlora"]], PLAN, kind.make)
+    rows = {row.provider: row for row in measured.rows}
+    assert rows[wrong.name].status.startswith(message)
+    assert rows[wrong.name].median_ms is None
+    assert len(calls) == 1, "called for the check alone"
+    assert set(measured.timings) == {("both", "cpu", "frozen"), ("both", "cpu", "fastlora")}
+    assert rows["fastlora"].saved_mib > rows["frozen"].saved_mib
+
+
+def test_mixed_up_branches_are_seen():
+    checks = Checks(group_providers.make_group_problem(GROUP, torch.float32, CPU, bias=False))
+    assert checks.status(Provider("swapped", swapped_branches, "")).startswith("check failed: y0: ")
+
+
 def test_unavailable_provider_says_why():
     def build(problem):
         raise Unavailable("needs a library")
@@ -160,6 +278,122 @@ def test_every_provider_is_right_or_says_why_not(dtype, dropout):
     assert not must_run & unavailable.keys(), unavailable
 
 
+RUN_ANYWHERE = {"frozen", "frozen-again", "peft", "fastlora"}
+
+
+def assert_right_or_unavailable(table, checks, must_run):
+    statuses = {p.name: checks.status(p) for p in table.values() if p.name != "compile"}
+    unavailable = {name: status for name, status in statuses.items() if status != results.OK}
+    assert all(status.startswith("unavailable: ") for status in unavailable.values()), unavailable
+    assert not must_run & unavailable.keys(), unavailable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    # The last one's rows are a remainder for the BLAS, which sums them otherwise.
+    [*shapes.TINY_GROUP_SHAPES, GroupShape(3, (768, 768, 768), 768, 8)],
+    ids=str,
+)
+def test_every_group_provider_is_right_or_says_why_not(shape, dtype):
+    must_run = RUN_ANYWHERE | {"eager", "addmm-base-last", "fastlora-separate", "fastlora-addmm"}
+    if dtype == torch.bfloat16:
+        must_run |= {"peft-same-dtype", "fastlora-fp32-adapters"}
+    made = group_providers.make_group_problem(shape, dtype, CPU, bias=shape.M == 33)
+    assert_right_or_unavailable(group_providers.GROUP_PROVIDERS, Checks(made), must_run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_model_provider_is_right_or_says_why_not(dtype):
+    must_run = RUN_ANYWHERE | {"fastlora-groups", "fastlora-fuse-peft", "fastlora-fuse-peft-groups"}
+    if dtype == torch.bfloat16:
+        must_run |= {"peft-same-dtype"}
+    made = model_providers.make_model_problem(MODEL, dtype, CPU)
+    assert_right_or_unavailable(model_providers.MODEL_PROVIDERS, Checks(made.checked), must_run)
+
+
+@pytest.mark.parametrize(
+    ("name", "single", "groups"),
+    [
+        ("fastlora", 7, 0),
+        ("fastlora-groups", 2, 2),
+        ("fastlora-fuse-peft", 7, 0),
+        ("fastlora-fuse-peft-groups", 2, 2),
+        ("peft", 0, 0),
+    ],
+)
+def test_model_providers_run_what_they_say(monkeypatch, name, single, groups):
+    """The seven layers one by one; or q/k/v and gate/up as groups, which leaves o_proj and down_proj."""
+    made = model_providers.make_model_problem(MODEL, torch.float32, CPU)
+    layer = model_providers.MODEL_PROVIDERS[name].build(made)
+    calls = []
+    originals = {name: getattr(ops, name) for name in ("lora_forward", "group_forward")}
+    for name, original in originals.items():
+        monkeypatch.setattr(ops, name, lambda *args, f=original, n=name: (calls.append(n), f(*args))[1])
+    layer.call(made.x)
+    assert (calls.count("lora_forward"), calls.count("group_forward")) == (single, groups)
+
+
+def test_other_libraries_forms_are_called_as_they_are_meant(monkeypatch):
+    """Unsloth's and Axolotl's functions, replaced by PyTorch ones with the same signatures."""
+    inplace_of = []
+
+    def qkv(self, X, inplace=True):
+        inplace_of.append(inplace)
+        return self.q_proj(X), self.k_proj(X), self.v_proj(X)
+
+    def mlp(self, X, inplace=True):
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(X)) * self.up_proj(X))
+
+    library = SimpleNamespace(
+        apply_lora_qkv=qkv, apply_lora_o=lambda self, X: self.o_proj(X), apply_lora_mlp_swiglu=mlp
+    )
+    monkeypatch.setitem(sys.modules, "unsloth.kernels", library)
+    monkeypatch.setitem(sys.modules, "axolotl.kernels.lora", library)
+    group = Checks(group_providers.make_group_problem(GROUP, torch.bfloat16, CPU, bias=False))
+    model = Checks(model_providers.make_model_problem(MODEL, torch.bfloat16, CPU))
+    for name in ("unsloth", "axolotl"):
+        assert group.status(group_providers.GROUP_PROVIDERS[name]) == results.OK
+        assert model.status(model_providers.MODEL_PROVIDERS[name]) == results.OK
+    assert inplace_of == [False, True] * 2, "x of a group is a leaf, that of the layer is not"
+
+
+def test_decoder_layer_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
+    kind = tables.KINDS[ModelShape]
+    rows = measure(MODEL, list(kind.providers.values()), PLAN, kind.make).rows
+    assert {row.provider for row in rows} == kind.providers.keys()
+    assert all(row.status.startswith("unavailable: import of transformers") for row in rows)
+
+
+def test_model_is_checked_on_few_tokens_of_the_same_weights():
+    made = model_providers.make_model_problem(ModelShape(3, 300, 32, 4), torch.float32, CPU)
+    checked = made.checked
+    assert checked.x.shape == (1, model_providers.CHECK_TOKENS, 32)
+    assert checked.layer is made.layer
+    assert checked.adapters is made.adapters
+    assert (made.shape.M, made.shape.N, made.shape.K) == (900, 300, 32)
+
+
+def test_training_step_is_both_and_adamw(monkeypatch):
+    """AdamW is given the gradients of mode "both", and leaves the values for the other providers' turn."""
+    made = problem()
+    layer = PROVIDERS["fastlora"].build(made)
+    before = [adapter.detach().clone() for adapter in layer.adapters]
+    expected = step(layer, made, "both")()[1:]
+    given, original = [], torch.optim.AdamW.step
+
+    def recorded(self, *arguments):
+        given.extend(p.grad for group in self.param_groups for p in group["params"])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    step(layer, made, "step")()
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, layer.adapters, strict=True))
+    assert all(adapter.grad is None for adapter in layer.adapters)
+
+
 @pytest.mark.slow
 def test_compile_provider():
     rows = measure(SMALL, [PROVIDERS["frozen"], PROVIDERS["compile"]], replace(PLAN, modes=gpu.TRAINING)).rows
@@ -177,9 +411,17 @@ def test_dropout_of_fastlora_is_checked_against_its_mask():
 
 
 def test_select_names_the_floor_and_refuses_unknown_names():
-    assert [p.name for p in providers.select("peft, eager")] == ["frozen", "eager", "peft"]
+    chosen = {kind: [p.name for p in table] for kind, table in tables.select("peft, seed").items()}
+    assert chosen == {
+        Shape: ["frozen", "seed", "peft"],
+        GroupShape: ["frozen", "peft"],
+        ModelShape: ["frozen", "peft"],
+    }
+    assert {kind: len(table) for kind, table in tables.select(None).items()} == {
+        kind: len(table.providers) for kind, table in tables.KINDS.items()
+    }
     with pytest.raises(ValueError, match="unknown providers nothing; known: frozen"):
-        providers.select("peft,nothing")
+        tables.select("peft,nothing")
 
 
 def test_products_are_checked():
@@ -275,7 +517,7 @@ def test_saved_bytes():
     def saved(name):
         layer = PROVIDERS[name].build(p)
         known = [p.x, p.weight, p.bias, *layer.adapters]
-        return timing.saved_bytes(providers.step(layer, p, "forward"), known)
+        return timing.saved_bytes(step(layer, p, "forward"), known)
 
     assert saved("frozen") == 0
     assert saved("fastlora") == shape.M * shape.R * 2
@@ -351,6 +593,18 @@ def test_ratio_table_counts_shapes():
     assert results.ratio_table([]) == "no ratio was measured"
 
 
+def test_step_table():
+    base = results.Row("model", 48, 24, 32, 4, "float32", False, 0.0, "step", "cpu", "peft", median_ms=4.0)
+    rows = [base, replace(base, provider="fastlora", median_ms=3.2, peak_mib=12.0, saved_mib=1.25)]
+    table = results.step_table([*rows, replace(base, mode="both", median_ms=1.0)])
+    lines = [line.split() for line in table.splitlines()]
+    assert "2 x 24 tokens, hidden 32, rank 4, float32, cpu timer" in table
+    assert ["peft", "4.000", "12000", "1.000x", "-", "-"] in lines
+    assert ["fastlora", "3.200", "15000", "1.250x", "12", "1.2"] in lines
+    assert len(lines) == 5
+    assert results.step_table([]) == "no training step was measured"
+
+
 def test_noise_warning():
     base = results.Row("linear", 1, 2, 3, 4, "float32", False, 0.0, "both", "cpu", "frozen-again", ratio=1.01)
     assert results.noise_warning([base]) is None
@@ -410,12 +664,16 @@ def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
     rows, stamp = results.read_csv(out / "gpu.csv")
     assert torch.__version__ in stamp
     sections = {row.section for row in rows}
-    assert sections == {"mainloop", "training", "decode", "host", "dropout"}
+    assert sections == {"mainloop", "training", "decode", "host", "dropout", "group", "model"}
     assert {row.mode for row in rows if row.section == "training"} == set(gpu.TRAINING)
     assert {row.mode for row in rows if row.section == "mainloop"} == set(gpu.PRODUCTS)
+    assert {row.mode for row in rows if row.section == "group"} == {*gpu.TRAINING, "inference"}
+    assert {row.mode for row in rows if row.section == "model"} == {"both", "step"}
+    checks, _ = results.read_csv(out / "checks.csv")
+    assert {shape.N for shape in shapes.TINY_GROUP_SHAPES} < {row.N for row in checks}
     assert all(row.ratio > 0 for row in rows if row.status == results.OK)
     assert {row.status for row in rows if row.provider == "fastlora"} == {results.OK}
-    for name in ("training", "decode", "mainloop"):
+    for name in gpu.PICTURES:
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["correctness"], summary["left_out"], summary["wrong"]) == ("ok", [], [])
@@ -423,6 +681,7 @@ def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.index("correctness: pytest") < printed.index("training M33-N40-K48-R4")
     assert "geometric mean" in printed
+    assert "tokens/s" in printed
 
     # The same source again: shown already, and only what is asked for.
     (out / "tests.log").unlink()
@@ -463,6 +722,32 @@ def test_gpu_script_leaves_out_what_does_not_fit(dry_run, tmp_path, capsys, monk
     assert f"left out for lack of time, 2: {', '.join(left_out)}" in capsys.readouterr().out
 
 
+def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
+    """Each section's first shapes come before the ones for the time that is left; compiling is rare."""
+    measured = []
+
+    def noted(shape, chosen, plan, make):
+        measured.append((plan.section, shape, plan.modes, [p.name for p in chosen]))
+
+    monkeypatch.setattr(gpu, "measure", noted)
+    monkeypatch.setattr(gpu, "measure_products", lambda shape, plan: None)
+    target = gpu.Target(torch.device("cuda"), torch.bfloat16, ("graph", "eager"), dry=False, seconds=0.8)
+    work = gpu.units(set(gpu.SECTIONS), tables.select(None), target)
+    assert len({unit.name for unit in work}) == len(work)
+    for unit in work:
+        unit.run()
+    order = list(dict.fromkeys(section for section, *_ in measured))
+    assert order == ["training", "decode", "host", "dropout", "group", "model"]
+    end_of_model = max(i for i, (section, *_) in enumerate(measured) if section == "model")
+    later = measured[end_of_model + 1 :]
+    assert {section for section, *_ in later} == {"training", "decode", "group"}
+    assert all(shape.R != 16 or shape.M == 512 for _, shape, *_ in later)
+    groups = {shape.M: modes for section, shape, modes, _ in measured if section == "group"}
+    assert groups == {M: ("inference",) if M <= 16 else gpu.TRAINING for M in (8192, 4096, 512, 1, 16)}
+    compiled = [shape for section, shape, _, names in measured if section == "model" and "compile" in names]
+    assert compiled == shapes.MODEL_SHAPES[:1]
+
+
 @pytest.mark.parametrize(
     ("tests", "message"),
     [
@@ -484,12 +769,27 @@ def test_gpu_script_ends_hung_tests(tmp_path):
     assert status == "the tests did not end within 2 s"
 
 
-def test_gpu_script_times_nothing_if_a_check_fails(dry_run, tmp_path, capsys, monkeypatch):
-    wrong = replace(broken("dA")[0], name="fastlora")
-    monkeypatch.setitem(PROVIDERS, "fastlora", wrong)
+@pytest.mark.parametrize(
+    ("table", "break_it"), [(PROVIDERS, broken), (group_providers.GROUP_PROVIDERS, broken_branch)]
+)
+def test_gpu_script_times_nothing_if_a_check_fails(dry_run, tmp_path, capsys, monkeypatch, table, break_it):
+    wrong = replace(break_it("dA")[0], name="fastlora")
+    monkeypatch.setitem(table, "fastlora", wrong)
     assert dry_run("--only", "both") == 1
     assert "of fastlora's checks failed; nothing was timed" in capsys.readouterr().out
     assert not (tmp_path / "out" / "gpu.csv").exists()
+
+
+def test_gpu_script_fails_if_the_decoder_layer_is_wrong(dry_run, tmp_path, monkeypatch):
+    wrong = replace(broken_projection("dB")[0], name="fastlora-groups")
+    monkeypatch.setitem(model_providers.MODEL_PROVIDERS, "fastlora-groups", wrong)
+    assert dry_run("--only", "model", chosen="peft,fastlora,fastlora-groups") == 1
+    failed = json.loads((tmp_path / "out" / "summary.json").read_text())["wrong"]
+    assert [line.split(" of ")[0] for line in failed] == [
+        f"fastlora-groups M48-N24-K32-R4 {mode}: check failed: dB" for mode in ("both", "step")
+    ]
+    rows, _ = results.read_csv(tmp_path / "out" / "gpu.csv")
+    assert {row.provider for row in rows if row.ratio} == {"frozen", "peft", "fastlora"}
 
 
 def test_gpu_script_reports_a_rival_that_fails_and_goes_on(dry_run, tmp_path, monkeypatch):
@@ -601,3 +901,23 @@ def test_pytest_benchmarks_fail_where_fastlora_is_wrong(tmp_path):
     rows, _ = results.read_csv(tmp_path / "out" / "linear.csv")
     assert {row.provider for row in rows if row.ratio} == {"frozen", "seed"}
     assert (tmp_path / "out" / "linear.png").exists()
+
+
+def test_pytest_benchmarks_of_groups_and_models(tmp_path):
+    """Shapes choose their file; each writes its CSV and picture, the model a table of its steps."""
+    arguments = ["--bench-shape", "16,24+9,17,3", "--bench-shape", "2x24,32,4", "--bench-seconds", "0.01"]
+    arguments += ["--bench-providers", "peft,fastlora,fastlora-groups", "--bench-out", tmp_path / "out"]
+    script = Path(sys.executable).with_name("pytest")
+    run = python(script, "benchmarks", "-q", *arguments)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "11 passed" in run.stdout, "three providers' inference of the group, four by both and step"
+    assert "tokens/s  over PEFT" in run.stdout
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"group.csv", "group.png", "model.csv", "model.png"}
+    rows, _ = results.read_csv(out / "group.csv")
+    assert {(r.section, r.M, r.N, r.mode, r.provider) for r in rows} == {
+        ("group", 16, 33, "inference", name) for name in ("frozen", "peft", "fastlora")
+    }
+    rows, _ = results.read_csv(out / "model.csv")
+    assert {(r.M, r.N, r.K, r.mode) for r in rows} == {(48, 24, 32, "both"), (48, 24, 32, "step")}
+    assert all(row.median_ms > 0 and row.status == results.OK for row in rows)

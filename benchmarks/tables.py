@@ -1,0 +1,64 @@
+"""The three kinds of problem that the benchmarks measure, each with its providers and modes.
+
+Another kind needs a shape, a problem with the members of :class:`problem.AnyProblem`, and providers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from group_providers import GROUP_PROVIDERS, make_group_problem
+from model_providers import MODEL_PROVIDERS, make_model_problem
+from problem import AnyProblem, make_problem
+from providers import FLOOR, PROVIDERS, Provider
+from shapes import DECODE_TOKENS, AnyShape, GroupShape, ModelShape, Shape
+
+TRAINING = ("forward", "backward", "both")
+# Inference of one layer is worth a look where the host's share of a call shows.
+INFERENCE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``make``: the problem of a shape, called like :func:`problem.make_problem`. ``modes``: of a shape."""
+
+    providers: Mapping[str, Provider]
+    make: Callable[..., AnyProblem]
+    modes: Callable[[AnyShape], tuple[str, ...]]
+
+
+def _linear_modes(shape: Shape) -> tuple[str, ...]:
+    return TRAINING if shape.M > INFERENCE_TOKENS else (*TRAINING, "inference")
+
+
+def _group_modes(shape: GroupShape) -> tuple[str, ...]:
+    return ("inference",) if shape.M in DECODE_TOKENS else TRAINING
+
+
+def _model_modes(shape: ModelShape) -> tuple[str, ...]:
+    return ("both", "step")
+
+
+# By the type of the shape.
+KINDS: dict[type[AnyShape], Kind] = {
+    Shape: Kind(PROVIDERS, make_problem, _linear_modes),
+    GroupShape: Kind(GROUP_PROVIDERS, make_group_problem, _group_modes),
+    ModelShape: Kind(MODEL_PROVIDERS, make_model_problem, _model_modes),
+}
+
+
+def select(names: str | None) -> dict[type[AnyShape], list[Provider]]:
+    """The providers of a comma-separated list, for each kind those that it has, the floor always among them.
+
+    None: all. ValueError that lists the known names if no kind has one of the names.
+    """
+    known = dict.fromkeys(name for kind in KINDS.values() for name in kind.providers)
+    wanted = known.keys() if names is None else {name.strip() for name in names.split(",")}
+    unknown = sorted(wanted - known.keys())
+    if unknown:
+        raise ValueError(f"unknown providers {', '.join(unknown)}; known: {', '.join(known)}")
+    return {
+        shape_type: [p for name, p in kind.providers.items() if name in wanted or name == FLOOR]
+        for shape_type, kind in KINDS.items()
+    }
