@@ -173,7 +173,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     The layers that it names are adapted and the rest is frozen, as by :func:`fastlora.apply_lora`; its
     modules to save are marked and trained. Layers that are adapted already take its values, alpha and
     dropout: in place where the rank agrees, so that optimizers go on, else as new parameters. Otherwise
-    adapters are made in the wider of the file's and the base weight's dtype.
+    adapters are made in the wider of the file's and the base weight's dtype. As in PEFT, embeddings and a
+    head that the file holds beside the adapter (it targets the head, or the vocabulary was resized) are
+    written into the base model.
 
     Args:
         model: the base model, or one that this or another adapter was applied to.
@@ -196,12 +198,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     check_unmerged(layers, "load_adapter")
     targets = _find_targets(model, config)
     saved = _find_saved(model, config, targets)
+    own_saved = _tensors_of(saved)
+    # Before a tied head that is saved gets a weight of its own: its values are no longer the base's.
+    base = {name: t for name, t in _base_tensors(model, targets, state).items() if name not in own_saved}
     _check_coverage(model, layers, targets, saved)
     new = {path: module for path, module in targets.items() if path not in layers}
     check_adaptable(model, new, "load_adapter")
-    _check_tensors(config, targets, saved, state)
+    _check_tensors(config, targets, {**own_saved, **base}, state)
     own = {path: module.weight for path, module in targets.items()}
-    _check_values({**own, **_tensors_of(saved)}, "load_adapter")
+    _check_values({**own, **own_saved}, "load_adapter")
     # What may fail to be allocated, before anything changes.
     resized = {
         path: _empty_adapter(layer, config.rank_of(_file_path(path)))
@@ -215,7 +220,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         spec = config.layer_spec(path, layer, state)
         layer.rank, layer.alpha, layer.dropout = spec.rank, spec.alpha, spec.dropout
     with torch.no_grad():
-        for name, tensor in _file_tensors(model).items():
+        for name, tensor in {**base, **_file_tensors(model)}.items():
             tensor.copy_(sharded_like(tensor, state[name]))
     return model
 
@@ -291,6 +296,25 @@ def _tensors_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         for inner, module in root.named_modules(prefix=path)
         for name, tensor in _saved_tensors(module)
     }
+
+
+def _base_tensors(
+    model: nn.Module, targets: Mapping[str, nn.Module], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Names in PEFT's file -> the base model's tensors, of those that the file holds.
+
+    PEFT saves the input embedding and the output head with the adapter if one of them is a target, as then
+    ``lm_head.base_layer.weight``, or if the vocabulary was resized.
+    """
+    getters = (getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output"))
+    embeddings = [getter() for getter in getters if getter is not None]
+    tensors = {}
+    for path, name, module in _file_modules(model):
+        if any(module is embedding for embedding in embeddings):
+            inner = "base_layer." if path in targets else ""
+            for own, tensor in module.named_parameters(recurse=False):
+                tensors[f"{_PREFIX}{name}.{inner}{own}"] = tensor
+    return {name: tensor for name, tensor in tensors.items() if name in state}
 
 
 def _check_values(tensors: Mapping[str, Tensor], function: str) -> None:
@@ -598,10 +622,10 @@ def _check_coverage(
 def _check_tensors(
     config: AdapterConfig,
     targets: Mapping[str, nn.Module],
-    saved: Mapping[str, nn.Module],
+    own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
 ) -> None:
-    """ValueError unless the file holds exactly the tensors of these modules."""
+    """ValueError unless the file holds exactly the adapters of ``targets``, and values of ``own``."""
     expected: dict[str, Iterable[int]] = {}
     for path, module in targets.items():
         name = _file_path(path)
@@ -609,7 +633,6 @@ def _check_tensors(
         expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, module.in_features)
         expected[f"{_PREFIX}{name}.lora_B.weight"] = (module.out_features, rank)
     adapters = set(expected)
-    own = _tensors_of(saved)
     expected.update((name, tensor.shape) for name, tensor in own.items())
     check_state(expected, state, "load_adapter")
     wrong = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import sys
 
@@ -150,6 +149,7 @@ def _is_regular(
         and B.shape == (R, K)
         and R > 0
         and dtype.is_floating_point
+        and not x.is_nested
         and weight.dtype == dtype
         and A.dtype == B.dtype
         and A.dtype.is_floating_point
@@ -163,6 +163,16 @@ def _is_regular(
         and type(dropout) is float
         and 0.0 <= dropout <= 1.0
         and seed is None
+    )
+
+
+def needs_plain_operations() -> bool:
+    """Whether PyTorch's own operations have to run, for what looks into them.
+
+    torch.func.grad, vmap and their like differentiate and batch them, torch.jit.trace records them.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
     )
 
 
@@ -180,6 +190,12 @@ def check_arguments(
     for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias), ("seed", seed)):
         if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "seed")):
             raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
+
+    if x.is_nested:
+        raise ValueError(
+            "lora_linear: x is a nested tensor, expected a dense one: of the jagged layout pass x.values(), "
+            "and put the result together by torch.nested.nested_tensor_from_jagged(y, x.offsets())"
+        )
 
     def given() -> str:  # only for an error: compiled code cannot trace it
         return _describe(x=x, weight=weight, A=A, B=B, bias=bias)
@@ -224,7 +240,7 @@ def check_arguments(
         )
     if not isinstance(alpha, numbers.Real):
         raise TypeError(f"lora_linear: alpha must be a number, got {type(alpha).__name__}")
-    if not math.isfinite(alpha):
+    if alpha - alpha != 0.0:  # not finite; in a form that compiled code can trace
         raise ValueError(f"lora_linear: alpha must be finite, got {alpha}")
     check_dropout(dropout)
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
@@ -275,7 +291,7 @@ def lora_linear(
         alpha = float(alpha)
     try:
         regular = _is_regular(x, weight, A, B, alpha, bias, dropout, seed)
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         regular = False
     if not regular:  # unusual or wrong
         check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
@@ -304,8 +320,7 @@ def compute(
         if dropout > 0.0 and seed is None:
             seed = _shared_seed(x)
         return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # torch.func.grad, vmap and their like differentiate and batch PyTorch's own operations.
+    if needs_plain_operations():
         return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
     if dropout == 0.0:
         seed = None

@@ -24,6 +24,7 @@ from fastlora.function import (
     check_arguments,
     compute_dtype,
     lora_linear,
+    needs_plain_operations,
 )
 from fastlora.kernels.configs import MAX_BRANCHES, MAX_RANK
 from fastlora.planner import current_mode
@@ -220,8 +221,7 @@ def lora_linear_group(
         if dropout > 0.0 and seed is None:
             seed = _shared_seed(x)
         return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # torch.func.grad, vmap and their like differentiate and batch PyTorch's own operations.
+    if needs_plain_operations():
         return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
     if dropout == 0.0:
         seed = None

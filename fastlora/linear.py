@@ -286,6 +286,14 @@ class FusedLoRALinear(nn.Linear):
             )
         return merged
 
+    def _check_plain_weight(self, name: str) -> None:
+        """ValueError, starting with ``name``, for a weight that something else computes: it cannot be set."""
+        if "weight" not in self._parameters:
+            raise ValueError(
+                f"{name}: the weight {tuple(self.weight.shape)} is computed by a parametrization such as "
+                "weight_norm; remove that first"
+            )
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add the update to weight, in place; forward is then one plain linear. No effect if merged already.
@@ -294,8 +302,8 @@ class FusedLoRALinear(nn.Linear):
         that rounding.
 
         Raises:
-            ValueError: another module holds the same weight (tied embeddings), or the sum is not finite; the
-                weight is left as it was.
+            ValueError: another module holds the same weight (tied embeddings), a parametrization computes it,
+                or the sum is not finite; the weight is left as it was.
         """
         if self.merged:
             return
@@ -304,14 +312,22 @@ class FusedLoRALinear(nn.Linear):
                 f"merge: the weight {tuple(self.weight.shape)} is shared with "
                 f"{', '.join(self._weight_shared_with)}, which merging would change too"
             )
+        self._check_plain_weight("merge")
         self.weight.copy_(self._merged_weight("merge"))
         self._merged_alpha = self.alpha
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the update out of weight again, in place. No effect if not merged."""
+        """Take the update out of weight again, in place. No effect if not merged.
+
+        The update is that of A and B as they are now: do not change them while they are merged.
+
+        Raises:
+            ValueError: a parametrization computes the weight.
+        """
         if self._merged_alpha is None:
             return
+        self._check_plain_weight("unmerge")
         self.weight.copy_(self._updated_weight(-self._merged_alpha))
         self._merged_alpha = None
 

@@ -170,6 +170,28 @@ def keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     return shared_keep_mask(seed, rows, columns, dropout).clone()
 
 
+def _is_batched(seed: Tensor) -> bool:
+    """Whether vmap runs over seeds, its own (randomness="different") or the caller's."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(seed)
+
+
+def _batched_keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+    """:func:`keep_mask` in operations that vmap has rules for: nothing in place, no view of another dtype."""
+    column = torch.arange(-(-columns // COLUMNS_PER_CALL), device=seed.device).unsqueeze(0)
+    row = torch.arange(rows, device=seed.device).unsqueeze(1)
+    key_0, key_1 = seed.reshape(()) & _LOW32, (seed.reshape(()) >> 32) & _LOW32
+    c0, c1, c2, c3 = column, row, torch.zeros_like(column), torch.zeros_like(column)
+    for _ in range(PHILOX_ROUNDS):
+        product_0, product_1 = c0 * _PHILOX_MULTIPLIER_0, c2 * _PHILOX_MULTIPLIER_1
+        c0 = ((product_1 >> 32) & _LOW32) ^ c1 ^ key_0
+        c2 = ((product_0 >> 32) & _LOW32) ^ c3 ^ key_1
+        c1, c3 = product_1 & _LOW32, product_0 & _LOW32
+        key_0, key_1 = (key_0 + _PHILOX_KEY_STEP_0) & _LOW32, (key_1 + _PHILOX_KEY_STEP_1) & _LOW32
+    halves = [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
+    bits = torch.stack(torch.broadcast_tensors(*halves), -1).flatten(-2)
+    return (bits >= keep_threshold(dropout))[..., :columns]
+
+
 def keep_scale(dropout: float) -> float:
     """What a kept element is multiplied by, 1 / (1 - p); 0 for p = 1, where none is kept."""
     return 0.0 if dropout >= 1.0 else 1.0 / (1.0 - dropout)
@@ -237,7 +259,10 @@ def lora_linear(
     dropped = x_2d
     if dropout > 0.0:
         seed = new_seed(x.device) if seed is None else seed
-        keep = _beside(x_2d, shared_keep_mask(seed, *x_2d.shape, dropout))
+        if _is_batched(seed):
+            keep = _batched_keep_mask(seed, *x_2d.shape, dropout)
+        else:
+            keep = _beside(x_2d, shared_keep_mask(seed, *x_2d.shape, dropout))
         dropped = torch.where(keep, x_2d * keep_scale(dropout), x_2d.new_zeros(()))
     h = project(dropped, B.t())
     return gemm(x_2d, weight.t(), h, A.t(), alpha, bias).reshape(*x.shape[:-1], weight.shape[0])

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -602,8 +604,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: no adapted layer, or the model itself is one (use its ``to_linear``); a weight that
-            another module holds too (tied embeddings); an update that is not finite; a model that FSDP2
-            shards; inside ``disable_adapter``. The model is left as it was.
+            another module holds too (tied embeddings) or that a parametrization computes; an update that is
+            not finite; a model that FSDP2 shards; inside ``disable_adapter``. The model is left as it was.
     """
     layers = _require_layers(model, "merge_lora")
     if isinstance(model, FusedLoRALinear):
@@ -624,6 +626,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
                 f"merge_lora: the weight of {path} is shared with {', '.join(others)}, which merging would "
                 "change too"
             )
+        layer._check_plain_weight(f"merge_lora: {path}")
         with torch.no_grad():
             layer._merged_weight(f"merge_lora: {path}")
     encoders = _adapted_encoders(model)
@@ -664,7 +667,8 @@ def _require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinea
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block the model is the frozen one: no updates, and saved modules with their original values.
 
-    For the reference model of DPO and the like. Blocks nest. The parameters' values are not written, so that
+    For the reference model of DPO and the like. Blocks nest and overlap, also those of several threads: the
+    model is the frozen one until the last of them ends. The parameters' values are not written, so that
     autograd graphs from outside stay valid; of a merged layer, the unmerged weight is held inside the block
     (the original up to rounding).
 
@@ -680,15 +684,39 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             f"disable_adapter: the original values of {_listing(unknown)} are unknown: it was on the meta "
             "device when it was marked to be saved"
         )
-    with ExitStack() as undo:
+    with ExitStack() as blocks:
         for layer in layers.values():
-            _disable_layer(layer, undo)
+            blocks.enter_context(_changed(layer, _disable_layer))
         for root in roots.values():
-            _use_original(root, undo)
+            blocks.enter_context(_changed(root, _use_original))
         for encoder in _adapted_encoders(model):
             if hasattr(encoder, "_used_nested_tensor"):
-                _set(encoder, "use_nested_tensor", encoder._used_nested_tensor, undo)
+                blocks.enter_context(_changed(encoder, _use_nested_tensors))
         yield model
+
+
+# What the blocks of disable_adapter have changed: how to undo it, and in how many blocks a module is.
+_changes: WeakKeyDictionary[nn.Module, tuple[ExitStack, int]] = WeakKeyDictionary()
+_changes_lock = threading.Lock()
+
+
+@contextmanager
+def _changed(module: nn.Module, change: Callable[[nn.Module, ExitStack], None]) -> Iterator[None]:
+    """``change(module, undo)`` by the first block that the module is in, undone by the last."""
+    with _changes_lock:
+        undo, blocks = _changes.get(module, (ExitStack(), 0))
+        if not blocks:
+            change(module, undo)
+        _changes[module] = undo, blocks + 1
+    try:
+        yield
+    finally:
+        with _changes_lock:
+            undo, blocks = _changes.pop(module)
+            if blocks > 1:
+                _changes[module] = undo, blocks - 1
+            else:
+                undo.close()
 
 
 def _set(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> None:
@@ -707,6 +735,10 @@ def _disable_layer(layer: FusedLoRALinear, undo: ExitStack) -> None:
     hooks = layer._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _keep_fast_path_off]:
         undo.callback(hooks.__setitem__, key, hooks.pop(key))
+
+
+def _use_nested_tensors(encoder: nn.TransformerEncoder, undo: ExitStack) -> None:
+    _set(encoder, "use_nested_tensor", encoder._used_nested_tensor, undo)
 
 
 def _has_original(root: nn.Module) -> bool:

@@ -70,6 +70,13 @@ def llama(kind="LlamaForCausalLM"):
     return getattr(transformers, kind)(config)
 
 
+def tied_llama(tied):
+    model = llama()
+    config = model.config
+    config.tie_word_embeddings = tied
+    return type(model)(config).eval()
+
+
 def bert():
     config = transformers.BertConfig(
         vocab_size=48,
@@ -511,6 +518,39 @@ class TestPeftsHere:
         assert_same_adapter(model, back)
         assert torch.equal(outputs(back), outputs(stock)) or fields.get("use_rslora")
         assert_same_outputs(model, back)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_a_head_that_is_a_target(self, tied, tmp_path):
+        """PEFT saves its frozen weight too, and loads it into the base model."""
+        base = tied_llama(tied)
+        fields = lora(target_modules=["q_proj", "lm_head"])
+        stock = get_peft_model(copy.deepcopy(base), LoraConfig(**fields))
+        shake(stock).eval().save_pretrained(tmp_path)
+        assert f"{PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
+        with torch.no_grad():
+            base.lm_head.weight.mul_(2)  # the file has the values
+        model = fastlora.load_adapter(copy.deepcopy(base), tmp_path)
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        assert_same_outputs(model, theirs)
+        assert torch.equal(model.lm_head.weight, stock.base_model.model.lm_head.base_layer.weight)
+        state = load_file(tmp_path / WEIGHTS)
+        state[f"{PREFIX}lm_head.base_layer.weight"] = torch.zeros(3, 3)
+        save_file(state, tmp_path / WEIGHTS)
+        with pytest.raises(ValueError, match=r"lm_head\.base_layer\.weight.*3, 3"):
+            fastlora.load_adapter(base, tmp_path)
+
+    @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
+    def test_a_tied_head_that_is_saved_leaves_the_embedding(self, saved, tmp_path):
+        base = tied_llama(True)
+        model = fastlora.apply_lora(copy.deepcopy(base), ["q_proj"], rank=3, modules_to_save=saved)
+        with torch.no_grad():
+            for module in saved_modules(model).values():
+                module.weight.add_(0.5)
+        fastlora.save_adapter(model, tmp_path)
+        loaded = fastlora.load_adapter(copy.deepcopy(base), tmp_path)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert_same_outputs(loaded, PeftModel.from_pretrained(copy.deepcopy(base), tmp_path))
 
     @pytest.mark.parametrize("name", ["llama", "llama-classifier", "bert", "t5"])
     @pytest.mark.parametrize("spelling", ["all-linear", "ALL-Linear"])

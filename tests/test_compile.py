@@ -530,6 +530,16 @@ class TestFunctional:
         torch.testing.assert_close(hessian[0, :, 0, :], 2 * 4 * (h.T @ h))
 
 
+@pytest.mark.parametrize("change", [lambda alpha: alpha, lambda alpha: alpha * 2])
+def test_alpha_is_an_argument_of_compiled_code(change):
+    case = tensors(3, 5, 8, 2)
+    operands = (case.weight, case.A, case.B)
+    function = compiled(lambda x, alpha: fastlora.lora_linear(x, *operands, change(alpha)), dynamic=True)
+    for alpha in (2, 1.5, 3, 0.5):
+        expected = fastlora.lora_linear(case.x, *operands, change(alpha))
+        torch.testing.assert_close(function(case.x, alpha), expected)
+
+
 @pytest.mark.cuda
 class TestCudaGraphs:
     @pytest.mark.parametrize("path", ["auto", "triton", "addmm"])

@@ -66,6 +66,29 @@ class TestOneMask:
             first = function(case.x, case.weight, case.A, case.B, case.bias)
         assert torch.equal(first, differentiate(function, case).y)
 
+    @pytest.mark.parametrize("sizes", [(3, 5), (1, 8), (4, 70)])
+    def test_vmap_over_seeds(self, sizes):
+        rows, columns = sizes
+        x, eye = torch.ones(rows, columns), torch.eye(columns)
+        seeds = torch.tensor([5, -(2**63), 2**62 + 3])
+
+        def of(seed):
+            return fastlora.lora_linear(x, torch.zeros_like(eye), eye, eye, 1.0, None, P, seed)
+
+        batched = torch.func.vmap(of)(seeds)
+        for y, seed in zip(batched, seeds, strict=True):
+            assert torch.equal(y != 0, reference.keep_mask(seed, rows, columns, P))
+
+    @pytest.mark.parametrize("randomness", ["different", "same"])
+    def test_vmap_draws_masks_as_pytorchs_dropout_does(self, randomness):
+        layer = fastlora.FusedLoRALinear(40, 40, 40, dropout=0.5, bias=False)
+        nn.init.zeros_(layer.weight)
+        nn.init.eye_(layer.A)
+        nn.init.eye_(layer.B)
+        masks = torch.func.vmap(layer, randomness=randomness)(torch.ones(4, 3, 40)) != 0
+        assert 0.3 < masks.float().mean() < 0.7
+        assert all(torch.equal(masks[0], mask) == (randomness == "same") for mask in masks[1:])
+
     @every_run
     def test_only_the_update_is_dropped(self, run):
         case = tensors(20, 24, 40, 4, device=run.device)

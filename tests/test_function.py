@@ -19,6 +19,7 @@ from cases import (
     tensors,
 )
 from tolerance import LAYOUTS, errors, lay_out
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
@@ -791,3 +792,21 @@ class TestBadInput:
         case.A.zero_()
         ours = fastlora.lora_linear(case.x, case.weight, case.A, case.B, 1.0, case.bias)
         torch.testing.assert_close(ours, F.linear(case.x, case.weight, case.bias))
+
+
+def test_jit_trace_records_plain_operations():
+    """With gradients on as with them off, so that the trace can be checked, saved and used anywhere."""
+    layer = fastlora.FusedLoRALinear(8, 5, 2)
+    nn.init.normal_(layer.A)
+    x = torch.randn(3, 8)
+    traced = torch.jit.trace(layer, x)
+    assert "^_LoRALinear" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x + 1), layer(x + 1))
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_with_a_way_out(layout):
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(2, 8)], layout=layout)
+    layer = fastlora.FusedLoRALinear(8, 5, 2)
+    with pytest.raises(ValueError, match=r"nested.*values\(\)"):
+        layer(x)

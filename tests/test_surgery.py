@@ -652,6 +652,20 @@ class TestDisableAdapter:
             assert torch.equal(model(x, mask if masked else None), y)
         assert len(calls) == 4
 
+    def test_blocks_overlap(self):
+        """The first to enter leaves first, as two threads or tasks may: the last one ends it."""
+        model = Small().eval()
+        y = model(ids())
+        trained(fastlora.apply_lora(model, ["q"], modules_to_save=["score"]))
+        model.layers[0].q.merge()
+        with unchanged(model):
+            first, second = fastlora.disable_adapter(model), fastlora.disable_adapter(model)
+            first.__enter__()
+            second.__enter__()
+            first.__exit__(None, None, None)
+            torch.testing.assert_close(model(ids()), y)
+            second.__exit__(None, None, None)
+
     def test_nests(self):
         model = Small().eval()
         y = model(ids())
@@ -866,6 +880,16 @@ class TestMergeLora:
                 fastlora.merge_lora(model)
             with pytest.raises(ValueError, match=r"shared with embed\.weight"):
                 model.lm_head.merge()
+
+    def test_weight_that_a_parametrization_computes(self):
+        model = trained(fastlora.apply_lora(Small(), ["q", "v"]))
+        nn.utils.parametrizations.weight_norm(model.layers[1].v)
+        with unchanged(model):
+            with pytest.raises(ValueError, match=r"layers\.1\.v: the weight .* parametrization"):
+                fastlora.merge_lora(model)
+            with pytest.raises(ValueError, match="parametrization"):
+                model.layers[1].v.merge()
+        assert not model.layers[1].v.merged
 
     def test_weights_that_overlap_in_memory(self):
         qkv = torch.randn(12, 4)
