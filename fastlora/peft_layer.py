@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+from fastlora import ops
 from fastlora.function import _autocast_on, compute
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -41,8 +42,9 @@ class FusedLinear(LoraLinear):
     """PEFT's ``lora.Linear`` with a fused forward; layers become one by :func:`fastlora.fuse_peft`.
 
     Outputs, dtypes and gradients are those of PEFT's own forward, which still runs wherever the fused form
-    would not give them. With dropout in training the mask is another one of the same distribution: its seed
-    comes from torch's generator. Second derivatives raise a RuntimeError; ``fastlora.unfuse_peft`` has them.
+    would not give them. With dropout in training the mask is another one of the same distribution, its seed
+    from torch's generator; few tokens on a CPU get PEFT's own mask. Second derivatives raise a RuntimeError;
+    ``fastlora.unfuse_peft`` has them.
     """
 
     # The last call's reason for PEFT's own forward, "" if it was fused, None before the first call.
@@ -76,8 +78,9 @@ class FusedLinear(LoraLinear):
         if isinstance(scaling, Tensor):
             # Reading its value would wait for the device and break a compiled graph.
             A, scaling = (A * scaling).to(A.dtype), 1.0
+        seed = ops.few_mask(x, dropout, A.dtype) if dropout else None
         # find_operands and why_not_input have checked what lora_linear would check again.
-        return compute(x, weight, A, B, float(scaling), bias, dropout, None)
+        return compute(x, weight, A, B, float(scaling), bias, dropout, seed)
 
 
 def _branch_of(layer: FusedLinear, x: Tensor | None) -> tuple | str:

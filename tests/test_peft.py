@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 import fastlora
-from fastlora import reference
+from fastlora import ops, reference
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -95,6 +95,7 @@ class SameMasks:
             return self.seeds[-1]
 
         monkeypatch.setattr(reference, "new_seed", remember)
+        monkeypatch.setattr(ops, "_FEW_DROPPED", 0)
 
     def replay(self, model):
         for module in model.modules():
@@ -154,6 +155,37 @@ def test_a_training_run_is_pefts(name, monkeypatch):
     for key, gradient in gradients.items():
         close(fast_gradients[key], gradient)
     assert losses[0] != losses[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_few_tokens_on_a_cpu_drop_what_peft_drops(dtype, p):
+    """The same masks from the same state of torch's generator, which goes on alike."""
+    results = []
+    for swap in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8)).to(dtype)
+        config = LoraConfig(r=4, target_modules=["0", "2"], lora_dropout=p, init_lora_weights=False)
+        model = get_peft_model(model, config)
+        model = fastlora.fuse_peft(model) if swap else model
+        torch.manual_seed(2)
+        y = model(torch.randn(3, 24).to(dtype))
+        y.square().sum().backward()
+        gradients = [q.grad for q in model.parameters() if q.requires_grad]
+        results.append((y.detach(), *gradients, torch.get_rng_state()))
+        assert not swap or closing(model) == "fused 2, fell back 0"
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for stock, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, stock, rtol=tolerance, atol=tolerance)
+
+
+def test_many_tokens_and_forced_paths_take_a_seed(monkeypatch):
+    x = torch.randn(4, 24)
+    assert ops.few_mask(x, 0.5, x.dtype).unique().tolist() == [0.0, 1.0]
+    with fastlora.use_path("reference"):
+        assert ops.few_mask(x, 0.5, x.dtype) is None
+    monkeypatch.setattr(ops, "_FEW_DROPPED", 4 * 24 - 1)
+    assert ops.few_mask(x, 0.5, x.dtype) is None
 
 
 @every_model
