@@ -57,6 +57,10 @@ class Case:
     features: int = FEATURES
     branches: int = 1
 
+    @property
+    def adapter_itemsize(self) -> int:
+        return 4 if self.adapter == "fp32" else 2
+
 
 @dataclass(frozen=True)
 class Row:
@@ -98,7 +102,16 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
         for kernel in ("project", "gemm", "token_sum"):
             found.append(Case(kernel, arch, 8192, 16, dtype="fp16", adapter="fp32"))
             found.append(Case(kernel, arch, 8192, 16, adapter="fp32", backward=True))
-        found.append(Case("small", arch, 16, 16, dtype="fp16", adapter="fp32"))
+        found += [
+            Case("small", arch, 16, 16, dtype="fp16", adapter="fp32", features=N) for N in SMALL_FEATURES
+        ]
+        # A wider adapter takes more shared memory: at high ranks it has configurations of its own.
+        for R in (32, 64, 128, 256):
+            for M in (16, 8192):
+                found.append(Case("project", arch, M, R, adapter="fp32", dropout=True))
+                found.append(Case("project", arch, M, R, adapter="fp32", backward=True))
+                found.append(Case("backward", arch, M, R, adapter="fp32", backward=True))
+            found += [Case("small", arch, 16, R, adapter="fp32", features=N) for N in SMALL_FEATURES]
         found.append(Case("backward", arch, 8192, 16, dtype="fp16", adapter="fp32", backward=True))
         # Sums of ranks that take one block of each size, and several.
         for R, branches in ((16, 2), (32, 3), (64, 4), (192, 3)):
@@ -114,7 +127,7 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
 
 
 def _project_source(case: Case):
-    config = configs.select_project(case.arch, case.M, case.R, 2)
+    config = configs.select_project(case.arch, case.M, case.R, 2, case.adapter_itemsize)
     signature = {
         "p_ptr": f"*{case.dtype}", "stride_pm": "i32", "stride_pd": 1,
         "q_ptr": f"*{case.adapter}", "stride_qd": 1, "stride_qr": "i32",
@@ -165,7 +178,7 @@ def _token_sum_source(case: Case):
 
 
 def _small_source(case: Case):
-    config = configs.select_small(case.arch, SMS, case.features, case.R, 2)
+    config = configs.select_small(case.arch, SMS, case.features, case.R, 2, case.adapter_itemsize)
     signature = {
         "x_ptr": f"*{case.dtype}", "stride_xm": "i32", "stride_xk": 1,
         "w_ptr": f"*{case.dtype}", "stride_wn": "i32", "stride_wk": 1,
@@ -183,7 +196,7 @@ def _small_source(case: Case):
 
 
 def _backward_source(case: Case):
-    config = configs.select_backward(case.arch, SMS, case.M, FEATURES, case.R, 2)
+    config = configs.select_backward(case.arch, SMS, case.M, FEATURES, case.R, 2, case.adapter_itemsize)
     signature = {
         "dy_ptr": f"*{case.dtype}", "stride_dym": "i32", "stride_dyn": 1,
         "a_ptr": f"*{case.adapter}", "stride_an": "i32", "stride_ar": 1,

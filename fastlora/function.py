@@ -361,5 +361,6 @@ def plan(
         K=weight.shape[1],
         R=B.shape[0],
         dropout=dropout > 0.0,
+        adapter_dtype=compute_dtype(x) if _autocast_on(x) else A.dtype,
     )
     return make_plan(problem, current_mode())

@@ -311,10 +311,18 @@ def _g_and_dA(step: Step, dy: Tensor, A: Tensor, h: Tensor, alpha: float) -> tup
 
 @remembered
 def _plan(
-    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, dropout: bool, mode: str
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dropout: bool,
+    mode: str,
 ) -> Plan:
     """The plan of a call, looked up by values that hash fast."""
-    return make_plan(Problem(describe(device), dtype, M, N, K, R, dropout), mode)
+    return make_plan(Problem(describe(device), dtype, M, N, K, R, dropout, adapter_dtype), mode)
 
 
 def _dropout(dropout: float, seed: Tensor | None, rows: int, columns: int) -> _Dropout | None:
@@ -360,7 +368,7 @@ def _forward(
     M = x.shape[0] if flat else _rows(x)
     x_2d = x if flat else x.reshape(M, K)
     with _scope(x):
-        plan = _plan(x.device, x.dtype, M, N, K, R, dropout > 0.0, mode)
+        plan = _plan(x.device, x.dtype, A.dtype, M, N, K, R, dropout > 0.0, mode)
         if plan.all_addmm:
             y, h = _addmm_forward(x_2d, weight, A, B, bias, alpha, _dropout(dropout, seed, M, K))
         elif not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
@@ -412,7 +420,7 @@ def _backward(
     dy_2d = dy if flat else dy.reshape(M, N)
     dx = dA = dB = dbias = None
     with _scope(dy):
-        plan = _plan(dy.device, dy.dtype, M, N, K, R, dropout > 0.0, mode)
+        plan = _plan(dy.device, dy.dtype, A.dtype, M, N, K, R, dropout > 0.0, mode)
         if not (need_dA and (need_dx or need_dB)):
             plan = plan.apart
         if need_dbias:
@@ -472,6 +480,7 @@ def _stack(tensors: Sequence[Tensor], step: Step, dtype: torch.dtype) -> Tensor:
 def _group_plan(
     device: torch.device,
     dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
     M: int,
     Ns: tuple[int, ...],
     K: int,
@@ -482,7 +491,8 @@ def _group_plan(
     """The plan of a group, looked up by values that hash fast."""
     if not (M and K and all(Ns)):
         mode = "addmm"  # No kernel takes an empty tile.
-    return make_group_plan(Problem(describe(device), dtype, M, sum(Ns), K, sum(Rs), dropout), Ns, Rs, mode)
+    problem = Problem(describe(device), dtype, M, sum(Ns), K, sum(Rs), dropout, adapter_dtype)
+    return make_group_plan(problem, Ns, Rs, mode)
 
 
 def _group_forward(
@@ -501,7 +511,7 @@ def _group_forward(
     Ns, Rs = tuple(w.shape[0] for w in weights), tuple(B.shape[0] for B in Bs)
     x_2d = x if x.dim() == 2 else x.reshape(M, K)
     with _scope(x):
-        plan = _group_plan(x.device, x.dtype, M, Ns, K, Rs, dropout > 0.0, mode)
+        plan = _group_plan(x.device, x.dtype, _widest(A.dtype for A in As), M, Ns, K, Rs, dropout > 0.0, mode)
         branches = list(zip(plan.branches, weights, As, Bs, biases, alphas, strict=True))
         if plan.one_launch:
             made = [
@@ -602,7 +612,8 @@ def _group_backward(
     dbiases: list[Tensor | None] = [None] * n
     with _scope(first):
         Ns, Rs = tuple(weights[i].shape[0] for i in live), tuple(Bs[i].shape[0] for i in live)
-        plan = _group_plan(first.device, first.dtype, M, Ns, K, Rs, dropout > 0.0, mode)
+        adapter_dtype = _widest(A.dtype for A in As)
+        plan = _group_plan(first.device, first.dtype, adapter_dtype, M, Ns, K, Rs, dropout > 0.0, mode)
         steps = dict(zip(live, plan.branches, strict=True))
         parts = None if h is None else h.split([B.shape[0] for B in Bs], 1)
         for i in live:

@@ -172,7 +172,10 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan depends on. M: tokens, N: out_features, K: in_features, R: rank."""
+    """What a plan depends on. M: tokens, N: out_features, K: in_features, R: rank.
+
+    ``adapter_dtype``: that of A and B, None for ``dtype``; a wider one takes more shared memory.
+    """
 
     device: Device
     dtype: torch.dtype
@@ -181,6 +184,12 @@ class Problem:
     K: int
     R: int
     dropout: bool = False
+    adapter_dtype: torch.dtype | None = None
+
+    @property
+    def adapter_itemsize(self) -> int:
+        """Bytes of an element of A and B."""
+        return (self.adapter_dtype or self.dtype).itemsize
 
 
 @contextmanager
@@ -255,6 +264,8 @@ def why_not_triton(problem: Problem) -> str | None:
         return "the triton package is not installed"
     if problem.dtype not in _KERNEL_DTYPES:
         return f"the kernels compute float16, bfloat16 and float32, not {_name(problem.dtype)}"
+    if problem.adapter_itemsize > 4:
+        return f"the kernels read adapters of up to float32, not {_name(problem.adapter_dtype)}"
     if problem.R > configs.MAX_RANK:
         return f"the kernels take ranks up to {configs.MAX_RANK}, not {problem.R}"
     if device.kind == "cpu":
@@ -313,8 +324,9 @@ def make_group_plan(
 
     Raises RuntimeError where ``mode`` asks for kernels that cannot run.
     """
-    whole = make_plan(problem, mode)
     each = [dataclasses.replace(problem, N=N, R=R) for N, R in zip(Ns, Rs, strict=True)]
+    problem = dataclasses.replace(problem, adapter_dtype=None)  # What they share reads a stacked copy.
+    whole = make_plan(problem, mode)
     # The branches write their g into one tensor, so each makes dA in a launch of its own.
     branches = [make_plan(branch, mode).apart for branch in each]
     h = kernel_step(problem, "h") if whole.one_launch else whole.h
@@ -381,9 +393,9 @@ def small_config(problem: Problem) -> configs.SmallConfig | None:
     """The configuration of the kernel that makes h and y in one launch, None where it cannot run."""
     if problem.dropout or not (0 < problem.M <= configs.SMALL_ROWS and problem.N and problem.K):
         return None
-    device = problem.device
+    p, device = problem, problem.device
     capability = device.capability or configs.MIN_CAPABILITY
-    return configs.select_small(capability, device.sms or 8, problem.N, problem.R, problem.dtype.itemsize)
+    return configs.select_small(capability, device.sms or 8, p.N, p.R, p.dtype.itemsize, p.adapter_itemsize)
 
 
 def _in_one_launch(steps: dict[str, Step], config: configs.SmallConfig, reason: str) -> dict[str, Step]:
@@ -395,7 +407,9 @@ def backward_config(problem: Problem) -> configs.BackwardConfig:
     """The configuration of the kernel that makes g and dA in one launch."""
     p, device = problem, problem.device
     capability = device.capability or configs.MIN_CAPABILITY
-    return configs.select_backward(capability, device.sms or 8, p.M, p.N, p.R, p.dtype.itemsize)
+    return configs.select_backward(
+        capability, device.sms or 8, p.M, p.N, p.R, p.dtype.itemsize, p.adapter_itemsize
+    )
 
 
 def _g_with_dA(steps: dict[str, Step], config: configs.BackwardConfig, reason: str) -> dict[str, Step]:
@@ -412,7 +426,7 @@ def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
         capability = problem.device.capability or configs.MIN_CAPABILITY
         M, R, itemsize = problem.M, problem.R, problem.dtype.itemsize
         if primitive == "project":
-            config = configs.select_project(capability, M, R, itemsize)
+            config = configs.select_project(capability, M, R, itemsize, problem.adapter_itemsize)
         elif primitive == "gemm":
             config = hopper_config(problem, name) or configs.select_gemm(
                 capability, M, E, R, itemsize, problem.dropout and name == "dx"

@@ -34,6 +34,16 @@ REGION_BYTES = 4 * 1024 * 1024
 SMALL_ROWS = 16
 
 
+def _adapter_bytes(num_stages: int, elements: int, itemsize: int, adapter_itemsize: int) -> int:
+    """Shared memory for the tiles of an adapter that a loop multiplies with operands of ``itemsize`` bytes.
+
+    A wider adapter is converted as it is read: it has a buffer less, but its tile takes a copy beside it.
+    """
+    if adapter_itemsize <= itemsize:
+        return num_stages * elements * itemsize
+    return elements * (max(1, num_stages - 1) * adapter_itemsize + itemsize)
+
+
 @dataclass(frozen=True)
 class ProjectConfig:
     """A program of project takes ``block_m`` rows of P, all ranks, ``block_d`` columns a step."""
@@ -44,8 +54,9 @@ class ProjectConfig:
     num_warps: int
     num_stages: int
 
-    def shared_bytes(self, itemsize: int) -> int:
-        return self.num_stages * self.block_d * (self.block_m + self.block_r) * itemsize
+    def shared_bytes(self, itemsize: int, adapter_itemsize: int = 0) -> int:
+        p = self.num_stages * self.block_d * self.block_m * itemsize
+        return p + _adapter_bytes(self.num_stages, self.block_d * self.block_r, itemsize, adapter_itemsize)
 
 
 @dataclass(frozen=True)
@@ -93,10 +104,11 @@ class SmallConfig:
     num_warps: int
     num_stages: int
 
-    def shared_bytes(self, itemsize: int) -> int:
-        main_loop = self.num_stages * self.block_k * (self.block_m + self.block_n + self.block_r) * itemsize
+    def shared_bytes(self, itemsize: int, adapter_itemsize: int = 0) -> int:
+        main_loop = self.num_stages * self.block_k * (self.block_m + self.block_n) * itemsize
+        main_loop += _adapter_bytes(self.num_stages, self.block_k * self.block_r, itemsize, adapter_itemsize)
         # The update comes after the loop and takes its place.
-        return max(main_loop, self.block_r * (self.block_m + self.block_n) * itemsize)
+        return max(main_loop, self.block_r * (self.block_m + self.block_n) * max(itemsize, adapter_itemsize))
 
 
 @dataclass(frozen=True)
@@ -134,11 +146,12 @@ class BackwardConfig:
     num_warps: int
     num_stages: int
 
-    def shared_bytes(self, itemsize: int) -> int:
+    def shared_bytes(self, itemsize: int, adapter_itemsize: int = 0) -> int:
         # A program is of one kind, so the tiles of both take the same place.
-        g = self.step_n * (self.block_m + self.block_r)
-        dA = self.step_m * (self.block_n + self.block_r)
-        return self.num_stages * max(g, dA) * itemsize
+        g = self.num_stages * self.step_n * self.block_m * itemsize
+        g += _adapter_bytes(self.num_stages, self.step_n * self.block_r, itemsize, adapter_itemsize)
+        dA = self.num_stages * self.step_m * (self.block_n + self.block_r) * itemsize
+        return max(g, dA)
 
 
 Config = ProjectConfig | GemmConfig | TokenSumConfig | SmallConfig | HopperConfig | BackwardConfig
@@ -149,16 +162,19 @@ def nearest_capability(capability: int) -> int:
     return max(known for known in SHARED_MEMORY if known <= capability)
 
 
-def fits(config: Config, capability: int, itemsize: int) -> bool:
-    """Whether the configuration's tiles fit the shared memory of a GPU of this capability."""
-    return config.shared_bytes(itemsize) <= SHARED_MEMORY[nearest_capability(capability)]
+def fits(config: Config, capability: int, *itemsizes: int) -> bool:
+    """Whether the configuration's tiles fit the shared memory of a GPU of this capability.
+
+    ``itemsizes``: bytes of an element and, for a kernel that reads an adapter as it lies, of the adapter's.
+    """
+    return config.shared_bytes(*itemsizes) <= SHARED_MEMORY[nearest_capability(capability)]
 
 
-def _first_fitting(candidates, capability: int, itemsize: int):
+def _first_fitting(candidates, capability: int, *itemsizes: int):
     for config in candidates:
-        if fits(config, capability, itemsize):
+        if fits(config, capability, *itemsizes):
             return config
-    raise ValueError(f"{type(config).__name__}: none fits sm_{capability} with {itemsize}-byte elements")
+    raise ValueError(f"{type(config).__name__}: none fits sm_{capability} with elements of {itemsizes} bytes")
 
 
 def _rank_block(rank: int, limit: int = MAX_RANK) -> int:
@@ -166,8 +182,10 @@ def _rank_block(rank: int, limit: int = MAX_RANK) -> int:
     return min(max(_MIN_BLOCK, 1 << (rank - 1).bit_length()), limit)
 
 
-def select_project(capability: int, M: int, R: int, itemsize: int) -> ProjectConfig:
-    """The configuration of project for P: (M, D) and rank R."""
+def select_project(
+    capability: int, M: int, R: int, itemsize: int, adapter_itemsize: int = 0
+) -> ProjectConfig:
+    """The configuration of project for P: (M, D) and rank R; ``adapter_itemsize`` 0: as P's."""
     block_r = _rank_block(R)
     # Short inputs take short tiles, so that there are programs enough to pull on the memory.
     block_m = 64 if M >= 64 * 64 else 16
@@ -179,6 +197,7 @@ def select_project(capability: int, M: int, R: int, itemsize: int) -> ProjectCon
         ),
         capability,
         itemsize,
+        adapter_itemsize,
     )
 
 
@@ -230,13 +249,19 @@ def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize
     )
 
 
-def select_backward(capability: int, sms: int, M: int, N: int, R: int, itemsize: int) -> BackwardConfig:
-    """The configuration of backward for dy: (M, N) and rank R on a GPU of ``sms`` multiprocessors."""
+def select_backward(
+    capability: int, sms: int, M: int, N: int, R: int, itemsize: int, adapter_itemsize: int = 0
+) -> BackwardConfig:
+    """The configuration of backward for dy: (M, N) and rank R on a GPU of ``sms`` multiprocessors.
+
+    ``adapter_itemsize``: bytes of an element of A, 0 for dy's.
+    """
     block_r = _rank_block(R)
     block_m = 64 if M >= 64 * 64 else 16
     block_n = step_m = 64
     num_warps = 4 if block_r <= 64 else 8
-    if (nearest_capability(capability), block_r) in ((86, 256), (89, 256), (100, 128)):
+    at = nearest_capability(capability), block_r
+    if at in ((86, 256), (89, 256), (100, 128)) or (at == (80, 256) and adapter_itemsize > itemsize):
         step_m = 32  # the longer steps spill there
     # A region stays in L2 while its programs run, but has at least four steps, and rows enough that partial
     # sums move half the bytes of dy at the most; within this, two programs a multiprocessor.
@@ -248,15 +273,30 @@ def select_backward(capability: int, sms: int, M: int, N: int, R: int, itemsize:
     return _first_fitting(
         (
             BackwardConfig(rows, block_m, step_n, block_n, step_m, block_r, num_warps, num_stages)
-            for step_n, num_stages in ((128, 4), (128, 3), (64, 4), (64, 3), (64, 2), (64, 1), (32, 1))
+            for step_n, num_stages in (
+                (128, 4),
+                (128, 3),
+                (64, 4),
+                (64, 3),
+                (64, 2),
+                (32, 2),
+                (64, 1),
+                (32, 1),
+            )
         ),
         capability,
         itemsize,
+        adapter_itemsize,
     )
 
 
-def select_small(capability: int, sms: int, N: int, R: int, itemsize: int) -> SmallConfig:
-    """The configuration of small for y: (at most 16, N) and rank R on a GPU of ``sms`` multiprocessors."""
+def select_small(
+    capability: int, sms: int, N: int, R: int, itemsize: int, adapter_itemsize: int = 0
+) -> SmallConfig:
+    """The configuration of small for y: (at most 16, N) and rank R on a GPU of ``sms`` multiprocessors.
+
+    ``adapter_itemsize``: bytes of an element of A and B, 0 for x's.
+    """
     block_r = _rank_block(R)
     # Every program reads all of x and B: the widest tile that still gives nine in ten multiprocessors one.
     block_n = next((block for block in (64, 32) if 10 * -(-N // block) >= 9 * sms), 16)
@@ -267,6 +307,7 @@ def select_small(capability: int, sms: int, N: int, R: int, itemsize: int) -> Sm
         ),
         capability,
         itemsize,
+        adapter_itemsize,
     )
 
 

@@ -18,7 +18,8 @@ COLUMNS_PER_CALL = tl.constexpr(8)
 def keep_mask(seed, rows, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """Where the elements of a tile are kept.
 
-    seed: int64 scalar. rows: (BLOCK_M,) row numbers. first_column: a multiple of 8. threshold: p * 65536.
+    seed: int64 scalar. rows: (BLOCK_M,) row numbers. first_column: a multiple of 8. threshold: p * 65536, not
+    specialised by the kernels, where 1 would become a constant that has no ``to``.
     Returns (BLOCK_M, BLOCK_D) of int1.
     """
     groups = first_column // COLUMNS_PER_CALL + tl.arange(0, BLOCK_D // COLUMNS_PER_CALL)

@@ -14,7 +14,7 @@ from fastlora.kernels.dropout import keep_mask
 from fastlora.kernels.tiles import grouped_tile, tile_dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_threshold"])
 def _gemm_kernel(
     p_ptr, stride_pm, stride_pd,
     q_ptr, stride_qd, stride_qe,

@@ -46,7 +46,7 @@ def _add_product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_threshold"])
 def _group_dx_kernel(
     p0_ptr, stride_p0m, stride_p0d, q0_ptr, stride_q0d, stride_q0e, D0,
     p1_ptr, stride_p1m, stride_p1d, q1_ptr, stride_q1d, stride_q1e, D1,

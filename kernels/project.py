@@ -57,7 +57,7 @@ def project_tile(
     tl.store(h_ptrs, (acc * keep_scale).to(h_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_threshold"])
 def _project_kernel(
     p_ptr, stride_pm, stride_pd,
     q_ptr, stride_qd, stride_qr,

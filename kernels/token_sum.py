@@ -55,7 +55,7 @@ def token_sum_tile(
     tl.store(g_ptrs, acc, mask=mask_d[:, None] & mask_r[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_threshold"])
 def _token_sum_kernel(
     p_ptr, stride_pm, stride_pd,
     u_ptr, stride_um, stride_ur,

@@ -288,7 +288,9 @@ class TestLayer:
         assert_gradients(case, wanted, dropout, torch.tensor([5], device=kernel_device))
         together = "A" in wanted and len(wanted) > 1
         assert chosen.launches == together
-        apart = ops._plan(kernel_device, torch.float16, 300, 70, 40, 5, dropout > 0, "auto").apart
+        apart = ops._plan(
+            kernel_device, torch.float16, torch.float16, 300, 70, 40, 5, dropout > 0, "auto"
+        ).apart
         assert steps == ([] if together else [apart.dA if wanted == ("A",) else apart.g])
 
     @pytest.mark.parametrize("layout", LAYOUTS[1:])

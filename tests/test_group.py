@@ -540,6 +540,12 @@ class TestPlan:
         plan = self.plan(dropout=True)
         assert (plan.h.path, plan.dx.path, plan.dB.path) == ("triton",) * 3
 
+    def test_wider_adapters_are_read_as_they_lie_for_g_alone(self):
+        plan = self.plan(Rs=(64, 64, 128), adapter_dtype=torch.float32, mode="triton")
+        assert plan.h.config == configs.select_project(90, 8192, 256, 2)
+        assert plan.branches[2].g.config == configs.select_project(90, 8192, 128, 2, 4)
+        assert plan.branches[2].g.config != configs.select_project(90, 8192, 128, 2)
+
     def test_dx_counts_every_branch_of_the_chain(self):
         """Where one layer as wide as all takes cuBLAS, each branch is a launch and a pass over dx more."""
         steps = [self.plan(M=1024, Ns=(4096 // n,) * n, Rs=(48 // n,) * n).dx for n in (1, 2, 4)]

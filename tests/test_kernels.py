@@ -228,6 +228,20 @@ def test_every_configuration_fits_its_architecture(arch, rank):
                 assert config.shared_bytes(itemsize) <= configs.SHARED_MEMORY[arch]
 
 
+@pytest.mark.parametrize("rank", [1, 16, 17, 64, 128, 256])
+@pytest.mark.parametrize("arch", sorted(configs.SHARED_MEMORY))
+def test_a_wider_adapter_fits_too(arch, rank):
+    for M in (1, 17, 512, 8192):
+        for config in (
+            configs.select_project(arch, M, rank, 2, 4),
+            configs.select_backward(arch, 108, M, 4096, rank, 2, 4),
+            configs.select_small(arch, 132, 4096, rank, 2, 4),
+        ):
+            assert configs.fits(config, arch, 2, 4)
+            # Its tile is converted beside the loop: more than the same loop takes of a narrow one.
+            assert config.shared_bytes(2) <= config.shared_bytes(2, 4) <= configs.SHARED_MEMORY[arch]
+
+
 def test_unlisted_architecture_borrows_an_older_one():
     assert configs.nearest_capability(87) == 86
     assert configs.nearest_capability(103) == 100

@@ -13,7 +13,7 @@ from cases import CUDA, HALF, dtype_id, tensors
 import fastlora
 from fastlora import planner
 from fastlora.kernels import configs
-from fastlora.planner import Device, Problem, make_plan, use_path
+from fastlora.planner import Device, Problem, backward_config, make_plan, use_path
 
 A100 = Device("cuda", "A100", 80, 108)
 A10 = Device("cuda", "A10", 86, 72)
@@ -226,6 +226,29 @@ class TestNeverAnException:
             planned(**arguments, mode="triton")
         for mode in ("addmm", "reference"):
             assert set(paths(planned(**arguments, mode=mode)).values()) == {mode}
+
+    def test_wider_adapters_fit_the_shared_memory(self):
+        """Rank 256 on the GPUs with the least of it: float32 adapters take shorter steps, or fewer stages."""
+        for device in (A100, A10, H100):
+            for M in (1, 4096):
+                narrow = Problem(device, torch.bfloat16, M, 4096, 4096, 256)
+                wide = dataclasses.replace(narrow, adapter_dtype=torch.float32)
+                for problem in (narrow, wide):
+                    plan = make_plan(problem, "triton")
+                    for config in (plan.h.config, plan.g.config, backward_config(problem)):
+                        assert configs.fits(config, device.capability, 2, problem.adapter_itemsize)
+                narrow, wide = make_plan(narrow, "triton"), make_plan(wide, "triton")
+                assert narrow.g.config != wide.g.config
+                assert narrow.dx == wide.dx
+
+    def test_float64_adapters_are_left_to_addmm(self):
+        device = Device("cuda", "", 90, 132)
+        problem = Problem(device, torch.bfloat16, 64, 512, 512, 8, adapter_dtype=torch.float64)
+        plan = make_plan(problem)
+        assert set(paths(plan).values()) == {"addmm"}
+        assert "float64" in plan.reason
+        with pytest.raises(RuntimeError, match="float64"):
+            make_plan(problem, "triton")
 
     def test_float32_is_computed_by_the_kernels_only_when_asked(self):
         assert "triton" not in paths(planned(A100, 8192, 4096, 4096, dtype=torch.float32)).values()

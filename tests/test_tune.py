@@ -510,7 +510,7 @@ class TestReading:
         assert sorted(reads) == sorted([cache, measured._SHIPPED])
 
     def test_new_rows_are_seen_by_calls_planned_before(self, cache):
-        call = (torch.device("meta"), torch.bfloat16, 4096, 4096, 4096, 16, False, "auto")
+        call = (torch.device("meta"), torch.bfloat16, torch.bfloat16, 4096, 4096, 4096, 16, False, "auto")
         assert ops._plan(*call) is ops._plan(*call)
         before = ops._plan(*call)
         planner.forget_plans()
