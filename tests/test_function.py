@@ -36,6 +36,17 @@ def same(a, b, names=NAMES):
 
 class TestValues:
     @every_run
+    @pytest.mark.parametrize("R", [72, 200])
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    def test_many_tokens_and_wide_adapters_of_high_rank(self, run, R, dropout):
+        """The tiles that take the most shared memory."""
+        case = tensors(4100, 72, 136, R, torch.bfloat16, torch.float32, device=run.device)
+        seed = torch.tensor([11], device=run.device)
+        keep = keep_factors(seed, case, dropout) if dropout else None
+        ours = differentiate(fused(1.7, dropout, seed if dropout else None, run.path), case)
+        assert_matches(ours, exact(case, 1.7, keep), eager_errors(case, 1.7, keep))
+
+    @every_run
     @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
     @pytest.mark.parametrize(("M", "N", "K", "R"), SIZES)
     def test_against_float64(self, run, dtypes, M, N, K, R, poisoned_empty):
