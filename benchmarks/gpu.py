@@ -1,16 +1,18 @@
 """Measures fastlora on this machine's GPU: correctness first, then tables as CSV and pictures.
 
-    python benchmarks/gpu.py --out DIR [--only both decode ...] [--minutes 9]
+    python benchmarks/gpu.py --out DIR [--only both decode ...] [--minutes 9] [--proof FILE]
 
 Needs no install of the package. Stops by itself inside its minutes and says what it left out. Nothing is
-timed unless `pytest tests -m cuda` and fastlora's own checks pass; DIR/correctness.json remembers that they
-did, for the same source on the same GPU and versions, so that a second call into DIR goes on to the tables.
+timed unless the tests marked cuda and fastlora's own checks pass; the proof, DIR/correctness.json or FILE,
+remembers that they did, for the same source, GPU and versions, so that a later call goes on to the tables.
+Left out of these tests, for their time, are TestFuzz of tests/test_faults.py, and those of the Hopper loop,
+which is off by default: section hopper runs them before it times it, last of all.
 
-DIR/gpu.csv        every row, stamped with GPU, driver, torch, triton, commit and date
+DIR/gpu.csv        every row, stamped with GPU, driver, torch, triton, commit and date; a later call appends
 DIR/checks.csv     the checks before the tables
 DIR/*.png          the ratios
-DIR/summary.json   environment, what was measured, what was left out
-DIR/tests.log      output of the tests
+DIR/summary.json   environment, what was measured, what was left out by the latest call
+DIR/*.log          output of the tests
 
 Exit status: 0 all asked for was measured or left out for time, 1 something is wrong with fastlora or a
 measurement, 2 no GPU, 3 a measurement hung.
@@ -19,7 +21,8 @@ measurement, 2 no GPU, 3 a measurement hung.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import functools
+import importlib.util
 import json
 import os
 import shlex
@@ -32,7 +35,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import source_tree
@@ -40,9 +43,9 @@ import source_tree
 source_tree.install()
 
 import torch  # noqa: E402
-from measure import Checks, Measurement, Plan, base_row, measure  # noqa: E402
+from measure import Checks, Measurement, Plan, base_row, device_works, measure  # noqa: E402
 from plot import draw  # noqa: E402
-from primitives import measure_products  # noqa: E402
+from primitives import HOPPER, measure_products  # noqa: E402
 from providers import Provider  # noqa: E402
 from results import (  # noqa: E402
     OK,
@@ -50,8 +53,11 @@ from results import (  # noqa: E402
     Environment,
     Row,
     environment,
+    newest,
     noise_warning,
     ratio_table,
+    read_csv,
+    source_digest,
     step_table,
     write_json,
 )
@@ -83,6 +89,7 @@ SECTIONS = {
     "dropout": "forward and backward with dropout 0.1",
     "group": "q/k/v and gate/up as groups: forward, backward, both, inference",
     "model": "a decoder layer: forward and backward, training step",
+    "hopper": "the warp-specialised loop: its tests, then y and dx against BLAS and the classic loop",
 }
 PRODUCTS = ("y", "dx", "h", "g", "dA", "dB", "g+dA")
 # Odd sizes and ranks for the check alone, beside an LLM layer.
@@ -93,13 +100,22 @@ RESERVE, MOST_RESERVE = 0.1, 20.0
 PICTURES = {
     "training": ("training", "dropout"),
     "decode": ("decode", "host"),
-    "mainloop": ("mainloop",),
+    "mainloop": ("mainloop", "hopper"),
     "group": ("group",),
     "model": ("model",),
 }
 # Compiling takes longer than measuring, so torch.compile runs on layers of this rank alone, and on the first
 # of the decoder layers.
 COMPILE_RANK = 16
+# Seconds that a unit of a section may take, where those before it were of another kind.
+GUESSES = {"training": 45.0, "dropout": 30.0, "group": 30.0, "model": 120.0, "hopper": 60.0}
+# What the tables are worth nothing without. The others would take more than the minutes of a call: fuzzing
+# compiles hundreds of kernels. tune's own test times, which other tests beside it would disturb.
+TESTS = (
+    "tests -m cuda --ignore=tests/test_hopper.py --deselect=tests/test_faults.py::TestFuzz "
+    "--deselect=tests/test_tune.py::test_on_this_gpu"
+)
+HOPPER_TESTS, HOPPER_SECONDS = ["tests/test_hopper.py", "-m", "cuda"], 120.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,7 @@ class Unit:
 
     name: str
     run: Callable[[], Measurement]
+    guess: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,7 @@ def shapes_of(section: str, target: Target) -> tuple[list[AnyShape], list[AnySha
     """A section's shapes: those that every run should have, and those for the time that is left."""
     if target.dry:
         return TINY.get(section, TINY_SHAPES[1:]), []
-    if section == "mainloop":
+    if section in ("mainloop", "hopper"):
         return llm_shapes((8192,), ranks=(16,)), []
     if section == "host":
         return [Shape(1, 4096, 4096, 16)], []
@@ -151,7 +168,7 @@ def shapes_of(section: str, target: Target) -> tuple[list[AnyShape], list[AnySha
     return first, [s for s in shapes if s not in first]
 
 
-def units(wanted: set[str], providers: Providers, target: Target) -> list[Unit]:
+def units(wanted: set[str], providers: Providers, target: Target, out: Path) -> list[Unit]:
     """The work in the order of its weight: what a run that is cut short must have is first."""
     modes = tuple(mode for mode in TRAINING if mode in wanted)
     plans = {
@@ -162,19 +179,27 @@ def units(wanted: set[str], providers: Providers, target: Target) -> list[Unit]:
         "dropout": target.plan("dropout", ("both",), dropout=0.1),
         "group": target.plan("group", ()),
         "model": target.plan("model", ()),
+        "hopper": target.plan("hopper", ("y", "dx")),
     }
+    hopper_tests = functools.cache(
+        lambda: OK if target.dry else run_tests(HOPPER_TESTS, out / "hopper.log", HOPPER_SECONDS)
+    )
     sections = [name for name in plans if name in wanted or (name == "training" and modes)]
     work = []
     for part in (0, 1):
         for section in sections:
-            for shape in shapes_of(section, target)[part]:
+            for shape in shapes_of(section, target)[part] if section != "hopper" else ():
                 plan = plans[section]
                 work.append(
                     _product_unit(shape, plan)
                     if section == "mainloop"
                     else _layer_unit(shape, plan, providers)
                 )
-    return work
+    if "hopper" in wanted:
+        work += [_product_unit(s, plans["hopper"], hopper_tests) for s in shapes_of("hopper", target)[0]]
+    return [
+        replace(unit, guess=0.0 if target.dry else GUESSES.get(unit.name.split()[0], 0.0)) for unit in work
+    ]
 
 
 def _layer_unit(shape: AnyShape, plan: Plan, providers: Providers) -> Unit:
@@ -185,20 +210,18 @@ def _layer_unit(shape: AnyShape, plan: Plan, providers: Providers) -> Unit:
     return Unit(f"{plan.section} {shape}", lambda: measure(shape, chosen, plan, kind.make))
 
 
-def _product_unit(shape: Shape, plan: Plan) -> Unit:
-    return Unit(f"{plan.section} {shape}", lambda: measure_products(shape, plan))
+def _product_unit(shape: Shape, plan: Plan, tests: Callable[[], str] = lambda: OK) -> Unit:
+    def run() -> Measurement:
+        status = tests()
+        if status == OK:
+            return measure_products(shape, plan)
+        failed = replace(base_row(shape, plan), provider=HOPPER, status=f"check failed: {status}")
+        return Measurement([replace(failed, mode=m, timer=t) for m in plan.modes for t in plan.timers])
+
+    return Unit(f"{plan.section} {shape}", run)
 
 
 # --- Correctness -----------------------------------------------------------------------------------------
-
-
-def source_digest() -> str:
-    """Of the code that the tests judge: the package, its kernels and the tests."""
-    digest = hashlib.sha256()
-    for folder in ("fastlora", "kernels", "tests"):
-        for path in sorted((source_tree.ROOT / folder).rglob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def proof(stamp: Environment, tests: list[str]) -> dict[str, object]:
@@ -206,7 +229,6 @@ def proof(stamp: Environment, tests: list[str]) -> dict[str, object]:
     return {
         "source": source_digest(),
         "device": stamp.device,
-        "driver": stamp.driver,
         "torch": stamp.torch,
         "triton": stamp.triton,
         "tests": tests,
@@ -239,8 +261,15 @@ def run_tests(arguments: list[str], log: Path, seconds: float) -> str:
         return OK if passed > 0 else f"no test passed ({counts['skipped']} skipped)"
 
 
+def default_tests() -> list[str]:
+    """TESTS, in several processes where pytest-xdist is there: compiling is most of their time."""
+    workers = min(12, (os.cpu_count() or 1) - 2)
+    parallel = importlib.util.find_spec("xdist") is not None and workers > 1
+    return shlex.split(TESTS) + (["-n", str(workers)] if parallel else [])
+
+
 def check_providers(providers: Providers, target: Target) -> list[Row]:
-    """Each provider's status on the check shapes, nothing timed."""
+    """The status of each provider but torch.compile on the check shapes, nothing timed."""
     shapes, groups = (TINY_SHAPES, TINY_GROUP_SHAPES) if target.dry else (CHECK_SHAPES, CHECK_GROUPS)
     dtypes = (target.dtype,) if target.dry else (torch.bfloat16, torch.float16)
     cases = [(shape, dropout) for shape in shapes for dropout in (0.0, 0.1)]
@@ -251,27 +280,30 @@ def check_providers(providers: Providers, target: Target) -> list[Row]:
             make = KINDS[type(shape)].make
             checks = Checks(make(shape, dtype, target.device, bias=True, dropout=dropout))
             base = base_row(shape, plan)
-            rows += [replace(base, provider=p.name, status=checks.status(p)) for p in providers[type(shape)]]
+            chosen = [provider for provider in providers[type(shape)] if provider.name != "compile"]
+            rows += [replace(base, provider=p.name, status=checks.status(p)) for p in chosen]
     return rows
 
 
 def wrong_rows(rows: list[Row]) -> list[Row]:
-    """fastlora's rows that failed; a rival that fails is reported and not timed, but blocks nothing."""
-    fine = (OK, "unavailable")
-    return [row for row in rows if row.provider.startswith("fastlora") and not row.status.startswith(fine)]
+    """The rows of fastlora and its kernels that failed; a rival's is reported and not timed, no more."""
+    fine, ours = (OK, "unavailable"), ("fastlora", "triton", "hopper")
+    return [row for row in rows if row.provider.startswith(ours) and not row.status.startswith(fine)]
 
 
-def correctness(out: Path, providers: Providers, target: Target, stamp: Environment, tests, seconds) -> str:
-    """OK, or why nothing may be timed. An earlier call's proof in ``out`` is taken where it still holds."""
-    proof_file, valid_for = out / "correctness.json", proof(stamp, tests)
+def correctness(
+    out: Path, proof_file: Path, providers: Providers, target: Target, stamp, tests, seconds
+) -> str:
+    """OK, or why nothing may be timed. An earlier call's proof is taken where it still holds."""
+    valid_for = proof(stamp, tests)
     if proof_file.exists() and json.loads(proof_file.read_text()) == valid_for:
         print(f"correctness: shown by an earlier call ({proof_file})", flush=True)
-    else:
-        status = run_tests(tests, out / "tests.log", seconds)
-        print(f"correctness: pytest {' '.join(tests)}: {status}", flush=True)
-        if status != OK:
-            print((out / "tests.log").read_text(encoding="utf-8")[-3000:], flush=True)
-            return status
+        return OK
+    status = run_tests(tests, out / "tests.log", seconds)
+    print(f"correctness: pytest {' '.join(tests)}: {status}", flush=True)
+    if status != OK:
+        print((out / "tests.log").read_text(encoding="utf-8")[-3000:], flush=True)
+        return status
     rows = check_providers(providers, target)
     writer = CsvWriter(out / "checks.csv", stamp)
     writer.write(rows)
@@ -290,33 +322,59 @@ def correctness(out: Path, providers: Providers, target: Target, stamp: Environm
 # --- The run ---------------------------------------------------------------------------------------------
 
 
-def run_units(work: list[Unit], budget: Budget, writer: CsvWriter) -> tuple[list[Row], list[str]]:
-    """Measures what the budget allows, writing each unit's rows at once; the rows and what went wrong."""
-    rows: list[Row] = []
-    wrong: list[str] = []
+@dataclass
+class Progress:
+    """What a run has so far, so that one that hangs can be told of too."""
+
+    summary: dict[str, object] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def report(self, out: Path, timers: tuple[str, ...] | None) -> None:
+        """Writes summary.json and prints the tables."""
+        wrong = self.wrong + [
+            f"{r.provider} M{r.M}-N{r.N}-K{r.K}-R{r.R} {r.mode}: {r.status}" for r in wrong_rows(self.rows)
+        ]
+        write_json(out / "summary.json", {**self.summary, "left_out": self.left_out, "wrong": wrong})
+        for line in wrong:
+            print(f"WRONG: {line}")
+        print(ratio_table(self.rows, timers))
+        if any(row.section == "model" for row in self.rows):
+            print(step_table(self.rows))
+        if warning := noise_warning(self.rows):
+            print(warning)
+        if self.left_out:
+            print(f"left out for lack of time, {len(self.left_out)}: {', '.join(self.left_out)}")
+        sys.stdout.flush()
+
+
+def run_units(work: list[Unit], budget: Budget, writer: CsvWriter, progress: Progress, device) -> None:
+    """Measures what the budget allows, writing each unit's rows at once."""
+    progress.left_out = budget.left_out
     for unit in work:
 
         def run(unit: Unit = unit) -> None:
             start = time.monotonic()
-            try:
-                measured = unit.run().rows
-            except torch.OutOfMemoryError as error:
-                wrong.append(f"{unit.name}: {str(error).splitlines()[0]}")
-                return
+            measured = unit.run().rows
             writer.write(measured)
-            rows.extend(measured)
+            progress.rows += measured
             print(f"{unit.name}: {time.monotonic() - start:.1f} s", flush=True)
 
         try:
-            budget.run(unit.name, run)
+            budget.run(unit.name, run, unit.guess)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        except torch.OutOfMemoryError as error:
+            progress.wrong.append(f"{unit.name}: {str(error).splitlines()[0]}")
         except Exception as error:
-            # An error of the device makes every later call fail too, so this ends the timing.
             traceback.print_exc()
-            wrong.append(f"{unit.name}: {type(error).__name__}: {error}; timing ended there")
-            break
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return rows, wrong
+            reason = f"{unit.name}: {type(error).__name__}: {error}"
+            if not device_works(device):
+                # Every later call would fail too.
+                progress.wrong.append(f"{reason}; timing ended there")
+                return
+            progress.wrong.append(reason)
 
 
 def pictures(rows: list[Row], stamp: Environment, out: Path) -> None:
@@ -328,14 +386,18 @@ def pictures(rows: list[Row], stamp: Environment, out: Path) -> None:
         print(f"no pictures: {error}; benchmarks/plot.py draws them from the CSV elsewhere")
 
 
-def watchdog(seconds: float) -> threading.Timer:
+def watchdog(seconds: float, report: Callable[[], None] = lambda: None) -> threading.Timer:
     """Ends the process with status 3 after ``seconds``: a hung kernel cannot be interrupted otherwise."""
 
     def stop() -> None:
-        print(
-            "stopped: the last measurement did not end; gpu.csv has what was measured before it", flush=True
-        )
-        os._exit(3)
+        try:
+            report()
+        finally:
+            print(
+                "stopped: the last measurement did not end; gpu.csv has what was measured before it",
+                flush=True,
+            )
+            os._exit(3)
 
     timer = threading.Timer(seconds, stop)
     timer.daemon = True
@@ -356,7 +418,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.8, help="to spend on one table cell's providers")
     parser.add_argument("--providers", default=None, help="comma-separated (default: all)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--tests", default="tests -m cuda", help="pytest's arguments (default: %(default)s)")
+    parser.add_argument("--timers", nargs="+", choices=("graph", "eager"), default=["graph", "eager"])
+    parser.add_argument("--tests", default=None, help=f"pytest's arguments (default: {TESTS})")
+    parser.add_argument("--proof", type=Path, metavar="FILE", help="of correctness (DIR/correctness.json)")
+    parser.add_argument(
+        "--anyway", action="store_true", help="time even if tests fail; the rows' commit says that they did"
+    )
     parser.add_argument(
         "--dry-run-cpu",
         action="store_true",
@@ -379,7 +446,9 @@ def main(argv: list[str] | None = None) -> int:
         target = Target(torch.device("cpu"), torch.float32, ("cpu",), dry=True, seconds=0.01)
     elif torch.cuda.is_available():
         dtype = getattr(torch, arguments.dtype)
-        target = Target(torch.device("cuda"), dtype, ("graph", "eager"), dry=False, seconds=arguments.seconds)
+        target = Target(
+            torch.device("cuda"), dtype, tuple(arguments.timers), dry=False, seconds=arguments.seconds
+        )
     else:
         message = (
             "no NVIDIA GPU that torch can use: nothing was measured (`pytest benchmarks/` measures a CPU)"
@@ -387,47 +456,47 @@ def main(argv: list[str] | None = None) -> int:
         print(message, file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
-    guard = watchdog(arguments.minutes * 60)
+    progress = Progress()
+    timers = None if target.dry else ("graph", "host")
+    guard = watchdog(arguments.minutes * 60, lambda: progress.report(arguments.out, timers))
     try:
-        return run(arguments, target)
+        return run(arguments, target, progress, timers)
     finally:
         guard.cancel()
 
 
-def run(arguments: argparse.Namespace, target: Target) -> int:
-    """Correctness, tables, pictures, summary; the exit status."""
+def run(
+    arguments: argparse.Namespace, target: Target, progress: Progress, timers: tuple[str, ...] | None
+) -> int:
+    """Correctness, tables, summary, pictures; the exit status."""
     start = time.monotonic()
     seconds = arguments.minutes * 60
     allowed = seconds - min(MOST_RESERVE, RESERVE * seconds)
     stamp = environment(target.device)
     print(stamp, flush=True)
     out, providers = arguments.out, arguments.providers
+    tests = default_tests() if arguments.tests is None else shlex.split(arguments.tests)
 
-    status = correctness(out, providers, target, stamp, shlex.split(arguments.tests), allowed)
-    summary = {"environment": asdict(stamp), "sections": arguments.only, "correctness": status}
+    proof_file = arguments.proof or out / "correctness.json"
+    status = correctness(out, proof_file, providers, target, stamp, tests, allowed)
+    progress.summary = {"environment": asdict(stamp), "sections": arguments.only, "correctness": status}
     if status != OK:
-        print(f"correctness: {status}; nothing was timed")
-        write_json(out / "summary.json", {**summary, "left_out": [], "wrong": [status]})
-        return 1
+        progress.wrong.append(status)
+        if not arguments.anyway:
+            print(f"correctness: {status}; nothing was timed")
+            write_json(out / "summary.json", {**progress.summary, "left_out": [], "wrong": [status]})
+            return 1
+        stamp = replace(stamp, commit=f"{stamp.commit}+failing-tests")
 
     budget = Budget(allowed - (time.monotonic() - start))
-    writer = CsvWriter(out / "gpu.csv", stamp)
-    rows, wrong = run_units(units(set(arguments.only), providers, target), budget, writer)
+    writer = CsvWriter(out / "gpu.csv", stamp, append=True)
+    work = units(set(arguments.only), providers, target, out)
+    run_units(work, budget, writer, progress, target.device)
     writer.close()
-    wrong += [f"{r.provider} M{r.M}-N{r.N}-K{r.K}-R{r.R} {r.mode}: {r.status}" for r in wrong_rows(rows)]
-    write_json(out / "summary.json", {**summary, "left_out": budget.left_out, "wrong": wrong})
-    pictures(rows, stamp, out)
-    for line in wrong:
-        print(f"WRONG: {line}")
-    print(ratio_table(rows, None if target.dry else ("graph", "host")))
-    if any(row.section == "model" for row in rows):
-        print(step_table(rows))
-    if warning := noise_warning(rows):
-        print(warning)
-    if budget.left_out:
-        print(f"left out for lack of time, {len(budget.left_out)}: {', '.join(budget.left_out)}")
+    progress.report(out, timers)
+    pictures(newest(read_csv(out / "gpu.csv")[0]), stamp, out)
     print(f"{time.monotonic() - start:.0f} s; results in {out}")
-    return 1 if wrong else 0
+    return 1 if progress.wrong or wrong_rows(progress.rows) else 0
 
 
 if __name__ == "__main__":

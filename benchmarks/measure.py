@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from providers import FLOOR, Provider
 from results import OK, Row
 from shapes import AnyShape
 from timing import (
+    WARM_UP_CALLS,
     Clock,
     CudaEventClock,
     HostClock,
@@ -96,7 +98,20 @@ def measure(
                 for mode in plan.modes
                 for timer in plan.timers
             ]
-    memory = {name: _memory(built[0], problems[0]) for name, built in layers.items()}
+    memory = {}
+    for name in list(layers):
+        try:
+            memory[name] = _memory(layers[name][0], problems[0])
+        except Exception as failure:
+            if not device_works(plan.device):
+                raise
+            del layers[name]
+            error = f"error: memory of a step: {one_line(failure)}"
+            measurement.rows += [
+                replace(base, mode=mode, timer=timer, provider=name, status=error)
+                for mode in plan.modes
+                for timer in plan.timers
+            ]
     paths = {name: _path(name, problems[0]) for name in layers}
     for mode in plan.modes:
         for timer in plan.timers:
@@ -212,11 +227,11 @@ def _status(attempt: Callable[[], list[str] | None]) -> str:
     except Exception as failure:
         # Whatever another library raises ends up in its row; its place in the code helps to see why.
         where = traceback.extract_tb(failure.__traceback__)[-1]
-        return f"error: {_one_line(failure)} ({where.name}, line {where.lineno})"
+        return f"error: {one_line(failure)} ({where.name}, line {where.lineno})"
     return f"check failed: {'; '.join(wrong)}" if wrong else OK
 
 
-def _one_line(failure: BaseException) -> str:
+def one_line(failure: BaseException) -> str:
     text = " ".join(str(failure).split())
     return f"{type(failure).__name__}: {text[:300]}"
 
@@ -247,24 +262,61 @@ def _timed(
     """Timings by provider, and why for each that could not be timed in this mode."""
     functions, failed = {}, {}
     stream = torch.cuda.Stream() if timer == "graph" else None
+    if stream is not None:
+        gc.collect()  # An old graph of x would tie the capture to the stream that it was made on.
     for name, built in layers.items():
         try:
             function = _prepared(built, problems, mode, stream)
             function()
             functions[name] = function
         except Exception as failure:
-            failed[name] = f"error: {mode} by {timer}: {_one_line(failure)}"
-    if not functions:
-        return {}, failed
-    timings = alternate(
-        functions,
-        CLOCKS[timer](),
-        seconds=plan.seconds,
-        calls_each=len(problems),
-        min_rounds=plan.min_rounds,
-        min_sample=plan.min_sample,
-    )
-    return timings, failed
+            failed[name] = f"error: {mode} by {timer}: {one_line(failure)}"
+    while functions:
+        try:
+            timings = alternate(
+                functions,
+                CLOCKS[timer](),
+                seconds=plan.seconds,
+                calls_each=len(problems),
+                min_rounds=plan.min_rounds,
+                min_sample=plan.min_sample,
+            )
+        except Exception:
+            # One that breaks after its check costs its own row, not those of the others.
+            broken = raising(functions, plan.device)
+            if not broken or not device_works(plan.device):
+                raise
+            for name, failure in broken.items():
+                del functions[name]
+                failed[name] = f"error: {mode} by {timer}: {one_line(failure)}"
+        else:
+            return timings, failed
+    return {}, failed
+
+
+def raising(functions: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Exception]:
+    """What each of the functions raises that does not bear a few more calls."""
+    found = {}
+    for name, function in functions.items():
+        try:
+            for _ in range(2 * WARM_UP_CALLS):
+                function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as failure:
+            found[name] = failure
+    return found
+
+
+def device_works(device: torch.device) -> bool:
+    """Whether the device still computes; after an illegal access each call on a GPU fails."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        return torch.ones(8, device=device).sum().item() == 8.0
+    except RuntimeError:
+        return False
 
 
 def _prepared(

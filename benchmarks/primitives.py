@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from check import FACTOR, SLACK, Error, error
-from measure import CLOCKS, Measurement, Plan, base_row, with_times
+from measure import CLOCKS, Measurement, Plan, base_row, device_works, one_line, with_times
 from problem import Problem, make_problem
 from shapes import Shape
 from timing import alternate, captured, in_turn, input_sets
@@ -38,8 +38,11 @@ class Product:
     exact: dict[str, Tensor | tuple[Tensor, ...]]
 
 
-def products(problem: Problem) -> dict[str, Callable[[], Product]]:
-    """h, y, g, dx, dA, dB and g+dA by name; each is made when called, so that few live at a time."""
+def products(problem: Problem, with_hopper: bool = False) -> dict[str, Callable[[], Product]]:
+    """h, y, g, dx, dA, dB and g+dA by name; each is made when called, so that few live at a time.
+
+    ``with_hopper``: the warp-specialised loop beside the classic one, on sm_90.
+    """
     from fastlora.kernels.backward import g_and_dA
     from fastlora.kernels.configs import MIN_CAPABILITY, select_backward
     from fastlora.kernels.gemm import gemm
@@ -76,7 +79,7 @@ def products(problem: Problem) -> dict[str, Callable[[], Product]]:
             },
             {FLOOR: base, UPDATE_OFF: base, TRITON: whole},
         )
-        if p.device.type == "cuda" and torch.cuda.get_device_capability(p.device) == (9, 0) and s.M >= 128:
+        if with_hopper and planned.device.capability == 90 and s.M >= 128:
             _add_hopper(product, rows, right, u, v, p.alpha, whole)
         return product
 
@@ -144,12 +147,19 @@ def _add_hopper(
     product.exact.update({HOPPER: whole, HOPPER_OFF: product.exact[FLOOR]})
 
 
-def failures(product: Product) -> dict[str, str]:
+def failures(product: Product, device: torch.device) -> dict[str, str]:
     """What is wrong with each kernel: its error may be twice that of the BLAS call, plus 1e-6."""
     allowed = _errors(product.blas(), product.exact[FLOOR])
     wrong = {}
     for name, kernel in product.kernels.items():
-        for found, bound in zip(_errors(kernel(), product.exact[name]), allowed, strict=True):
+        try:
+            errors = _errors(kernel(), product.exact[name])
+        except Exception as failure:
+            if isinstance(failure, torch.OutOfMemoryError) or not device_works(device):
+                raise
+            wrong[name] = f"error: {one_line(failure)}"
+            continue
+        for found, bound in zip(errors, allowed, strict=True):
             for kind in ("largest", "rms"):
                 value, limit = getattr(found, kind), FACTOR * getattr(bound, kind) + SLACK
                 if not value <= limit:
@@ -175,7 +185,9 @@ def measure_products(shape: Shape, plan: Plan) -> Measurement:
     ]
     measurement = Measurement()
     try:
-        makers = [products(problem) for problem in problems]
+        makers = [products(problem, plan.section == "hopper") for problem in problems]
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as reason:
         measurement.rows = [
             replace(
@@ -191,7 +203,7 @@ def measure_products(shape: Shape, plan: Plan) -> Measurement:
         return measurement
     for name in plan.modes:
         sets = [maker[name]() for maker in makers]
-        wrong = failures(sets[0])
+        wrong = failures(sets[0], plan.device)
         base = replace(base_row(shape, plan), mode=name)
         for timer in plan.timers:
             measurement.rows += [
@@ -212,7 +224,15 @@ def _time(measurement: Measurement, sets: list[dict], names: list[str], base, pl
     functions = {name: in_turn(functions[name] for functions in sets) for name in names}
     if base.timer == "graph":
         stream = torch.cuda.Stream()
-        functions = {name: captured(function, stream) for name, function in functions.items()}
+        for name, function in list(functions.items()):
+            try:
+                functions[name] = captured(function, stream)
+            except Exception as failure:
+                if name == FLOOR or not device_works(plan.device):
+                    raise
+                del functions[name]
+                status = f"error: captured: {one_line(failure)}"
+                measurement.rows.append(replace(base, provider=name, status=status))
     timings = alternate(
         functions,
         CLOCKS[base.timer](),

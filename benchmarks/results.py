@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import json
 import math
 import platform
@@ -51,6 +52,15 @@ def environment(device: torch.device) -> Environment:
     )
 
 
+def source_digest(*folders: str) -> str:
+    """Of the Python files of ``folders``, by default the package, its kernels and the tests."""
+    digest = hashlib.sha256()
+    for folder in folders or ("fastlora", "kernels", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _output_of(*command: str) -> str:
     """First line a command prints; "unknown" where it is missing or fails."""
     try:
@@ -61,11 +71,13 @@ def _output_of(*command: str) -> str:
 
 
 def _commit() -> str:
-    commit = _output_of("git", "rev-parse", "--short=12", "HEAD")
+    # A copy of the checkout may belong to another user, whom git does not trust by itself.
+    git = ("git", "-c", f"safe.directory={ROOT}")
+    commit = _output_of(*git, "rev-parse", "--short=12", "HEAD")
     # Another repository around an unpacked archive would answer too.
     if commit == UNKNOWN or not (ROOT / ".git").exists():
-        return UNKNOWN
-    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no") != UNKNOWN
+        return f"source-{source_digest()[:12]}"
+    changed = _output_of(*git, "status", "--porcelain", "--untracked-files=no") != UNKNOWN
     return f"{commit}+changes" if changed else commit
 
 
@@ -137,13 +149,20 @@ def _text(value: object) -> object:
 
 
 class CsvWriter:
-    """Writes a new CSV file and flushes every row, so that a run that is stopped keeps what it measured."""
+    """Writes a CSV file and flushes every row, so that a run that is stopped keeps what it measured.
 
-    def __init__(self, path: Path, stamp: Environment) -> None:
+    ``append``: after the rows of a file of the same columns, if there is one (ValueError if its are others).
+    """
+
+    def __init__(self, path: Path, stamp: Environment, *, append: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", newline="", encoding="utf-8")
+        append = append and path.exists()
+        if append:
+            read_csv(path)
+        self._file = path.open("a" if append else "w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
-        self._writer.writerow(COLUMNS)
+        if not append:
+            self._writer.writerow(COLUMNS)
         self._stamp = list(asdict(stamp).values())
         self._file.flush()
 
@@ -183,6 +202,15 @@ def read_csv(path: Path) -> tuple[list[Row], str]:
         return rows, ""
     stamp = {name: records[0][name] for name in STAMP_COLUMNS}
     return rows, str(Environment(**{**stamp, "threads": int(stamp["threads"])}))
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The rows of which no later one has the same shape, mode, timer and provider."""
+    last = {}
+    for row in rows:
+        shape = (row.section, row.M, row.N, row.K, row.R, row.dtype, row.bias, row.dropout)
+        last[(*shape, row.mode, row.timer, row.provider)] = row
+    return list(last.values())
 
 
 def geometric_mean(values: Sequence[float]) -> float:

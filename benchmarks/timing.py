@@ -263,9 +263,12 @@ class Budget:
     def remaining(self) -> float:
         return self._end - self._clock()
 
-    def run(self, name: str, unit: Callable[[], object]) -> bool:
-        """Runs ``unit`` if its time allows, else notes ``name`` as left out; whether it ran."""
-        if self.remaining < 1.1 * self._longest or self.remaining <= 0:
+    def run(self, name: str, unit: Callable[[], object], guess: float = 0.0) -> bool:
+        """Runs ``unit`` if its time allows, else notes ``name`` as left out; whether it ran.
+
+        ``guess``: seconds that this unit may take if it is of another kind than those before it.
+        """
+        if self.remaining < 1.1 * max(self._longest, guess) or self.remaining <= 0:
             self.left_out.append(name)
             return False
         start = self._clock()

@@ -430,16 +430,17 @@ def test_products_are_checked():
     made = products(make_problem(Shape(19, 24, 17, 3), torch.float32, device, bias=False))
     assert list(made) == ["y", "dx", "h", "g", "dA", "dB", "g+dA"]
     product = made["y"]()
-    assert failures(product) == {}
+    assert failures(product, CPU) == {}
     kernels = {name: (lambda run=run: run() * 1.01) for name, run in product.kernels.items()}
-    wrong = failures(replace(product, kernels=kernels))
+    wrong = failures(replace(product, kernels=kernels), CPU)
     assert wrong.keys() == {"triton", UPDATE_OFF}
 
     pair = made["g+dA"]()
-    assert failures(pair) == {}
+    assert failures(pair, CPU) == {}
     g, dA = pair.kernels[ONE_LAUNCH]()
     for altered in ((g * 1.01, dA), (g, dA * 1.01)):
-        wrong = failures(replace(pair, kernels={**pair.kernels, ONE_LAUNCH: lambda altered=altered: altered}))
+        kernels = {**pair.kernels, ONE_LAUNCH: lambda altered=altered: altered}
+        wrong = failures(replace(pair, kernels=kernels), CPU)
         assert wrong.keys() == {ONE_LAUNCH}
 
 
@@ -664,7 +665,7 @@ def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
     rows, stamp = results.read_csv(out / "gpu.csv")
     assert torch.__version__ in stamp
     sections = {row.section for row in rows}
-    assert sections == {"mainloop", "training", "decode", "host", "dropout", "group", "model"}
+    assert sections == {"mainloop", "training", "decode", "host", "dropout", "group", "model", "hopper"}
     assert {row.mode for row in rows if row.section == "training"} == set(gpu.TRAINING)
     assert {row.mode for row in rows if row.section == "mainloop"} == set(gpu.PRODUCTS)
     assert {row.mode for row in rows if row.section == "group"} == {*gpu.TRAINING, "inference"}
@@ -683,14 +684,20 @@ def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
     assert "geometric mean" in printed
     assert "tokens/s" in printed
 
-    # The same source again: shown already, and only what is asked for.
+    # The same source again: shown already, only what is asked for, after the rows that are there.
     (out / "tests.log").unlink()
-    monkeypatch.setattr(gpu, "pictures", lambda *_: None)
-    assert dry_run("--only", "forward", "decode", tests=passing) == 0
+    (out / "correctness.json").rename(tmp_path / "proof.json")
+    drawn = []
+    monkeypatch.setattr(gpu, "pictures", lambda rows, *_: drawn.extend(rows))
+    assert dry_run("--only", "forward", "decode", "--proof", str(tmp_path / "proof.json"), tests=passing) == 0
     assert "shown by an earlier call" in capsys.readouterr().out
     assert not (out / "tests.log").exists()
-    rows, _ = results.read_csv(out / "gpu.csv")
-    assert {(row.section, row.mode) for row in rows} == {("training", "forward"), ("decode", "inference")}
+    both, _ = results.read_csv(out / "gpu.csv")
+    assert both[: len(rows)] == rows
+    again = both[len(rows) :]
+    assert {(row.section, row.mode) for row in again} == {("training", "forward"), ("decode", "inference")}
+    assert len(drawn) == len(rows), "the newer row of each pair alone"
+    assert all(row in drawn for row in again)
 
 
 def test_gpu_script_leaves_out_what_does_not_fit(dry_run, tmp_path, capsys, monkeypatch):
@@ -732,7 +739,13 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
     monkeypatch.setattr(gpu, "measure", noted)
     monkeypatch.setattr(gpu, "measure_products", lambda shape, plan: None)
     target = gpu.Target(torch.device("cuda"), torch.bfloat16, ("graph", "eager"), dry=False, seconds=0.8)
-    work = gpu.units(set(gpu.SECTIONS), tables.select(None), target)
+    monkeypatch.setattr(gpu, "run_tests", lambda *_: "no end")
+    work = gpu.units(set(gpu.SECTIONS), tables.select(None), target, Path("unused"))
+    assert [unit.name.split()[0] for unit in work[-5:]] == ["hopper"] * 5
+    hopper = work[-1].run().rows
+    assert {(row.mode, row.provider, row.status) for row in hopper} == {
+        (mode, "hopper", "check failed: no end") for mode in ("y", "dx")
+    }
     assert len({unit.name for unit in work}) == len(work)
     for unit in work:
         unit.run()
@@ -801,14 +814,73 @@ def test_gpu_script_reports_a_rival_that_fails_and_goes_on(dry_run, tmp_path, mo
     assert statuses["fastlora"] == results.OK
 
 
-def test_gpu_script_ends_timing_at_a_device_error(tmp_path):
-    def fails():
-        raise RuntimeError("illegal memory access")
+def run_failing(error):
+    """What run_units makes of two units, each of which raises."""
 
+    def fails():
+        raise error
+
+    progress = gpu.Progress()
     work = [gpu.Unit("one", fails), gpu.Unit("two", fails)]
-    rows, wrong = gpu.run_units(work, timing.Budget(60.0), writer=None)
-    assert rows == []
+    gpu.run_units(work, timing.Budget(60.0), None, progress, CPU)
+    assert progress.rows == []
+    return progress.wrong
+
+
+def test_gpu_script_ends_timing_at_a_device_error(monkeypatch):
+    monkeypatch.setattr(gpu, "device_works", lambda device: False)
+    wrong = run_failing(RuntimeError("illegal memory access"))
     assert wrong == ["one: RuntimeError: illegal memory access; timing ended there"]
+
+
+def test_gpu_script_goes_on_after_an_error_of_one_unit():
+    assert run_failing(RuntimeError("odd")) == ["one: RuntimeError: odd", "two: RuntimeError: odd"]
+    assert run_failing(torch.OutOfMemoryError("full")) == ["one: full", "two: full"]
+
+
+def test_gpu_script_can_time_in_spite_of_failing_tests(dry_run, tmp_path, capsys):
+    assert dry_run("--only", "both", "--anyway", tests="def test(): assert False") == 1
+    out = tmp_path / "out"
+    rows, stamp = results.read_csv(out / "gpu.csv")
+    assert {row.provider for row in rows if row.ratio} == {"frozen", "eager", "fastlora"}
+    assert "+failing-tests" in stamp
+    assert not (out / "correctness.json").exists()
+    assert json.loads((out / "summary.json").read_text())["wrong"] == ["pytest ended with status 1"]
+
+
+def test_gpu_script_default_tests_are_collected():
+    """Its deselections name tests that exist; without a GPU they are collected all the same."""
+    names = [argument.split("=")[1] for argument in gpu.TESTS.split() if argument.startswith("--")]
+    assert len(names) == 3
+    for name in names:
+        path, *parts = name.split("::")
+        text = (ROOT / path).read_text()
+        assert all(f"class {part}" in text or f"def {part}" in text for part in parts), name
+    assert gpu.default_tests()[: len(gpu.TESTS.split())] == gpu.TESTS.split()
+
+
+def test_a_rival_that_breaks_after_its_check_costs_its_own_rows():
+    """At any of its calls: in the check, in the step whose memory is taken, while it warms up or is timed."""
+    for good in range(12):
+        calls = iter(range(10**6))
+
+        def build(problem, calls=calls, good=good):
+            layer = PROVIDERS["eager"].build(problem)
+
+            def call(x):
+                if next(calls) >= good:
+                    raise RuntimeError("broke")
+                return layer.call(x)
+
+            return replace(layer, call=call)
+
+        rival = replace(PROVIDERS["eager"], name="rival", build=build)
+        plan = replace(PLAN, modes=("forward", "both"))
+        rows = measure(SMALL, [PROVIDERS["frozen"], rival, PROVIDERS["fastlora"]], plan).rows
+        statuses = {(row.mode, row.provider): row.status for row in rows}
+        assert len(rows) == len(statuses) == 6
+        assert statuses["both", "fastlora"] == statuses["forward", "fastlora"] == results.OK
+        assert "RuntimeError: broke" in statuses["both", "rival"]
 
 
 # --- Fresh processes ---
@@ -830,6 +902,9 @@ def test_watchdog_ends_a_hung_process():
     run = python("-c", program, PYTHONPATH=str(BENCHMARKS))
     assert run.returncode == 3
     assert "did not end" in run.stdout
+    program = "import gpu, time; gpu.watchdog(0.1, lambda: print('so far')); time.sleep(60)"
+    run = python("-c", program, PYTHONPATH=str(BENCHMARKS))
+    assert (run.returncode, run.stdout.split("\n")[0]) == (3, "so far")
 
 
 def test_source_tree_without_an_install():
