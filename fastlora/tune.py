@@ -15,6 +15,8 @@ import random
 import re
 import statistics
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,7 +286,7 @@ def measure(
 ) -> list[Row]:
     """The rows of one product at one shape: each path checked, those that passed timed together.
 
-    ``before``: the rows of this shape so far.
+    ``before``: the rows of this shape so far. No rows, and a warning, where the timer fails.
 
     Raises:
         DeviceLost: with the row of the path that broke the device.
@@ -320,7 +322,16 @@ def measure(
         for path in paths
         if status[path] == OK
     }
-    seconds = timer(calls) if calls else {}
+    try:
+        seconds = timer(calls) if calls else {}
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a capture that failed, say: no figure, and no path is to blame
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if not _works(sets[0].x.device):
+            raise DeviceLost(row(list(calls)[-1], f"failed: timed: {reason}"[:200])) from error
+        warnings.warn(f"{product} at {shape} was not timed: {reason}", RuntimeWarning, stacklevel=2)
+        return []
     return [row(path, status[path], seconds.get(path)) for path in paths]
 
 
@@ -501,7 +512,7 @@ def _linear_features(model: nn.Module, targets: str | list[str]) -> set[tuple[in
 def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:
     """(dtype, shape) of everything to measure, once each; ValueError for a model that cannot be read."""
     if options.shapes:
-        shapes = set(options.shapes)
+        shapes = sorted(set(options.shapes))
     else:
         layers = {(n, k, None) for n, k in FEATURES} if options.model is None else model_layers(options.model)
         shapes = {
@@ -511,7 +522,9 @@ def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:
             for r in (options.ranks if rank is None else (rank,))
             if r <= configs.MAX_RANK
         }
-    return [(DTYPES[dtype], shape) for dtype in dict.fromkeys(options.dtype) for shape in sorted(shapes)]
+        # The longest come first: they are what a run that ends early should have.
+        shapes = sorted(shapes, reverse=True)
+    return [(DTYPES[dtype], shape) for dtype in dict.fromkeys(options.dtype) for shape in shapes]
 
 
 def _with_progress(jobs: list[tuple[torch.dtype, Shape]]) -> Iterable[tuple[torch.dtype, Shape]]:
@@ -526,6 +539,14 @@ def _with_lines(jobs: list[tuple[torch.dtype, Shape]]) -> Iterator[tuple[torch.d
     for number, (dtype, shape) in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {shape}, {dtype}", file=sys.stderr, flush=True)
         yield dtype, shape
+
+
+def _until(end: float, jobs: Iterable[tuple[torch.dtype, Shape]]) -> Iterator[tuple[torch.dtype, Shape]]:
+    """The jobs that begin before ``end``, in seconds of the monotonic clock."""
+    for job in jobs:
+        if time.monotonic() >= end:
+            return
+        yield job
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -579,6 +600,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--out", type=Path, help="file to write, the one that plan reads if not given")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no shape after so long")
     parser.add_argument("--list", action="store_true", help="only list what would be measured")
     return parser
 
@@ -617,10 +639,12 @@ def main(
     path = options.out or measured.user_file()
     if path is None:
         return _give_up("no home folder to write to: give --out FILE")
-    rows, skipped = [], []
+    rows, skipped, done = [], [], 0
     interrupted = False
+    in_time = _until(time.monotonic() + 60 * options.minutes, _with_progress(jobs))
     try:
-        for dtype, shape, new in tune(_with_progress(jobs), device, described, timer, path):
+        for dtype, shape, new in tune(in_time, device, described, timer, path):
+            done += 1
             rows += new or []
             if new is None:
                 skipped.append(f"{shape}, {dtype}")
@@ -635,6 +659,8 @@ def main(
     print(table(rows))
     for what in skipped:
         print(f"left out, the GPU's memory is too small: {what}")
+    if done < len(jobs) and not interrupted:
+        print(f"left out for lack of time: {len(jobs) - done} of {len(jobs)} shapes")
     wrong = [row for row in rows if row.status != OK]
     if wrong:
         print(f"{len(wrong)} paths failed their check and will not be chosen")

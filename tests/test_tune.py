@@ -745,6 +745,32 @@ class TestCommand:
         assert {r.M for r in measured.read_rows(cache)} == {20}
         assert "interrupted" in capsys.readouterr().out
 
+    def test_a_timer_that_fails(self, cache, capsys):
+        """A capture that fails, say: that product has no rows, the others have theirs."""
+        timer = fake_timer()
+
+        def failing(functions):
+            if len(timer.seen) == 2:
+                timer.seen.append({})
+                raise RuntimeError("capture failed")
+            return timer(functions)
+
+        with pytest.warns(RuntimeWarning, match=r"at M=20 N=24 K=32 R=4 was not timed: capture failed"):
+            assert run("--shapes", "20,24,32,4", timer=failing) == 0
+        rows = measured.read_rows(cache)
+        assert {row.status for row in rows} == {"ok"}
+        assert (
+            len({(row.product, row.dropout) for row in rows})
+            == len(tune.products(tune.Shape(20, 24, 32, 4))) - 1
+        )
+
+    def test_minutes(self, cache, capsys, monkeypatch):
+        now = iter([0.0, 1.0, 61.0])
+        monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
+        assert run("--shapes", "20,24,32,4", "21,24,32,4", "--minutes", "1") == 0
+        assert {r.M for r in measured.read_rows(cache)} == {20}
+        assert "left out for lack of time: 1 of 2 shapes" in capsys.readouterr().out
+
     def test_a_lost_device(self, cache, monkeypatch, capsys):
         """After an illegal access nothing more can be measured: the culprit's row is the last."""
 
