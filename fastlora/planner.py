@@ -40,35 +40,42 @@ _MODE_KEY = "fastlora.mode"
 
 @dataclass(frozen=True)
 class Device:
-    """What the planner knows of a device. ``capability``: 10 * major + minor, 0 where there is none."""
+    """What the planner knows of a device. ``capability``: 10 * major + minor, 0 where there is none.
+
+    ``bandwidth``: bytes a second of its memory, by the clock and width of the bus; 0 where they are unknown.
+    """
 
     kind: str
     name: str = ""
     capability: int = 0
     sms: int = 0
     rocm: bool = False
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Peak rates of an architecture and the share of cuBLAS's rate that the classic Triton loop reaches."""
+    """Rates of a GPU of ``sms`` multiprocessors, and the share of cuBLAS's that the classic loop reaches."""
 
     flops: float
     bytes: float
     loop_efficiency: float
+    sms: int
 
 
 # Dense bf16 operations and bytes a second. 90: measured on an H200 (large torch.mm, device copy); the others
 # are the vendor's data sheets: A100 SXM, A40, L40S, B200, RTX 5090. The efficiencies are estimates, until
 # rows are measured; 0 means that the architecture needs a main loop of its own first.
 ROOFLINES = {
-    80: Roofline(312e12, 2.0e12, 0.97),
-    86: Roofline(150e12, 0.70e12, 0.97),
-    89: Roofline(362e12, 0.86e12, 0.97),
-    90: Roofline(790e12, 4.3e12, 0.87),
-    100: Roofline(2250e12, 8.0e12, 0.0),
-    120: Roofline(210e12, 1.79e12, 0.0),
+    80: Roofline(312e12, 2.0e12, 0.97, 108),
+    86: Roofline(150e12, 0.70e12, 0.97, 84),
+    89: Roofline(362e12, 0.86e12, 0.97, 142),
+    90: Roofline(790e12, 4.3e12, 0.87, 132),
+    100: Roofline(2250e12, 8.0e12, 0.0, 148),
+    120: Roofline(210e12, 1.79e12, 0.0, 170),
 }
+# What large copies reach of a memory's nominal rate: 4.3 of 4.9 TB/s on an H200, 3.0 of 3.35 on an H100.
+_COPY_SHARE = 0.88
 # Share of the memory's rate that a skinny product reaches, and one kernel's launch in seconds: estimates.
 _TRITON_SKINNY, _CUBLAS_SKINNY = 0.85, 0.60
 _LAUNCH = 4e-6
@@ -254,7 +261,15 @@ def describe(device: torch.device) -> Device:
         capability=10 * properties.major + properties.minor,
         sms=properties.multi_processor_count,
         rocm=torch.version.hip is not None,
+        bandwidth=_bandwidth(properties),
     )
+
+
+def _bandwidth(properties) -> float:
+    """Bytes a second of a memory that transfers twice a clock; 0 where the driver gives nothing credible."""
+    kilohertz, bits = (getattr(properties, f"memory_{name}", 0) for name in ("clock_rate", "bus_width"))
+    rate = 2e3 * kilohertz * bits / 8
+    return rate if 1e11 < rate < 5e13 else 0.0
 
 
 def why_not_triton(problem: Problem) -> str | None:
@@ -542,7 +557,18 @@ def _estimated(problem: Problem) -> str:
 
 
 def _loop(problem: Problem) -> Roofline:
-    return ROOFLINES[configs.nearest_capability(problem.device.capability)]
+    """The rates of the device; of one architecture, an H100's memory has 0.7 of the rate of an H200's."""
+    return _roofline(problem.device.capability, problem.device.sms, problem.device.bandwidth)
+
+
+@functools.cache
+def _roofline(capability: int, sms: int, bandwidth: float) -> Roofline:
+    roofline = ROOFLINES[configs.nearest_capability(capability)]
+    return dataclasses.replace(
+        roofline,
+        flops=roofline.flops * sms / roofline.sms if sms else roofline.flops,
+        bytes=_COPY_SHARE * bandwidth if bandwidth else roofline.bytes,
+    )
 
 
 def _times(problem: Problem, name: str, config) -> tuple[float, float]:

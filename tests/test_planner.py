@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,29 @@ class TestPins:
                         assert not plan.g_with_dA
                         assert plan.apart is plan
                         assert {getattr(plan, name).apart for name in STEPS} == {None}
+
+    def test_the_memory_of_the_device_counts(self):
+        """An H100's memory is slower than the H200's of the table, so the pass that addmm adds costs more."""
+        shape = (2048, 4096, 4096)
+        assert planned(Device("cuda", "", 90, 132), *shape).y.path == "addmm"
+        assert planned(Device("cuda", "", 90, 132, bandwidth=4.92e12), *shape).y.path == "addmm"
+        assert planned(Device("cuda", "", 90, 132, bandwidth=3.35e12), *shape).y.path == "triton"
+
+    @pytest.mark.parametrize(
+        ("properties", "bandwidth"),
+        [
+            ({"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 4.917e12),
+            ({"memory_clock_rate": 0, "memory_bus_width": 6144}, 0.0),
+            ({"memory_clock_rate": 3_201_000_000, "memory_bus_width": 6144}, 0.0),
+            ({}, 0.0),
+        ],
+    )
+    def test_bandwidth(self, properties, bandwidth, monkeypatch):
+        given = SimpleNamespace(name="X", major=9, minor=0, multi_processor_count=132, **properties)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: given)
+        device = planner.describe.__wrapped__(torch.device("cuda", 0))
+        assert device.bandwidth == pytest.approx(bandwidth, rel=1e-3)
+        assert (device.capability, device.sms) == (90, 132)
 
     def test_the_estimate(self):
         """Times are positive, grow with the work, and a faster loop or memory never costs more."""
