@@ -9,10 +9,12 @@ tested without a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,14 +221,40 @@ def use_path(mode: str) -> Iterator[None]:
     eager = not torch.compiler.is_compiling()
     if eager:
         _open_blocks.append(None)
-        torch._C._stash_obj_in_tls(_MODE_KEY, mode)
+        _set_thread_mode(mode)
     try:
         yield
     finally:
         _mode = previous
         if eager:
-            torch._C._stash_obj_in_tls(_MODE_KEY, previous)
+            _set_thread_mode(previous)
             _open_blocks.pop()
+
+
+def _set_thread_mode(mode: str) -> None:
+    if not _stash_counts_references():
+        _keep_for_stash(mode)
+    torch._C._stash_obj_in_tls(_MODE_KEY, mode)
+
+
+@functools.cache
+def _stash_counts_references() -> bool:
+    """Whether PyTorch counts the reference that its thread-local state holds.
+
+    PyTorch 2.11 does not, but drops one when the object is replaced: some calls later the process crashes.
+    """
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("fastlora.probe", probe)
+    counts = sys.getrefcount(probe) > before
+    if not counts:
+        _keep_for_stash(probe)
+    return counts
+
+
+def _keep_for_stash(value: object) -> None:
+    """Count the reference that the thread-local state will drop."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def current_mode() -> str:
