@@ -7,6 +7,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fastlora import ops, reference
 from fastlora.planner import Plan, Problem, current_mode, describe, make_plan
@@ -98,6 +99,16 @@ def _any_dtensor(*tensors: Tensor) -> bool:
     """Whether one of the tensors is a DTensor; importing that class takes a second: it is only looked up."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
+# clip_grad_norm_ there scales a gradient that is a sum over the ranks as if each rank held the whole sum.
+_CLIPS_PARTIAL_GRADIENTS_WRONGLY = TorchVersion(torch.__version__) < (2, 13)
+
+
+def _with_whole_gradient(parameter: Tensor) -> Tensor:
+    """A DTensor whose gradient has its own placements, summed over the ranks in backward already."""
+    placements = getattr(parameter, "placements", None)
+    return parameter if placements is None else parameter.redistribute(placements=placements)
 
 
 def _shared_seed(x: Tensor) -> Tensor:
@@ -319,6 +330,8 @@ def compute(
         # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
         if dropout > 0.0 and seed is None:
             seed = _shared_seed(x)
+        if _CLIPS_PARTIAL_GRADIENTS_WRONGLY:
+            A, B = _with_whole_gradient(A), _with_whole_gradient(B)
         return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
     if needs_plain_operations():
         return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
