@@ -2,7 +2,7 @@
 
 Each path of each product is checked against a float64 result, then the paths that passed are timed in turns,
 in one run. The rows go to a file in the user's cache folder, after every shape, so that an interrupted run
-keeps what it measured.
+keeps what it measured and ``--resume`` goes on from there. A path that broke the GPU is not run again.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ FACTOR, SLACK = 2.0, 1e-6
 # Rows and columns of a result that the check compares: float64 is slow on most GPUs.
 _SAMPLED = 256
 _MAX_SETS = 16
+# How the status begins of a path that left the GPU unusable.
+_LOST = "lost the GPU: "
 
 # Names of paths with the calls to time, one for each input set -> seconds a call of each path.
 Timer = Callable[[Mapping[str, Sequence[Callable[[], object]]]], Mapping[str, float]]
@@ -124,7 +126,7 @@ class Computation:
 def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row] = ()) -> Computation:
     """``run(path)`` gives the whole result or results, ``exact(rows, columns)`` those elements of each.
 
-    ``before``: rows of the same shape, of which g and dA apart take their fastest paths.
+    ``before``: rows of the same sizes, of which g and dA apart take their fastest paths.
     """
 
     def step(name: str, path: str) -> Step:
@@ -216,7 +218,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
     }[product]()
 
 
-def _fastest(rows: Sequence[Row], product: str) -> str:
+def _fastest(rows: Iterable[Row], product: str) -> str:
     """The fastest path of a product that passed its check, "addmm" where none did."""
     timed = [row for row in rows if row.product == product and row.status == OK]
     return min(timed, key=lambda row: row.microseconds).path if timed else "addmm"
@@ -282,11 +284,13 @@ def measure(
     described: Device,
     sets: Sequence[Inputs],
     timer: Timer,
-    before: Sequence[Row] = (),
+    before: Sequence[Row],
+    broken: Mapping[tuple, str],
 ) -> list[Row]:
     """The rows of one product at one shape: each path checked, those that passed timed together.
 
-    ``before``: the rows of this shape so far. No rows, and a warning, where the timer fails.
+    ``before``: rows of g and dA at the same sizes. ``broken``: the status, by (family, path), of what
+    broke the GPU in an earlier run, and is not run. No rows, and a warning, where the timer fails.
 
     Raises:
         DeviceLost: with the row of the path that broke the device.
@@ -314,9 +318,13 @@ def measure(
 
     status = {}
     for path in paths:
+        lost = broken.get((row(path, _LOST).family, path))
+        if lost is not None:
+            status[path] = lost
+            continue
         status[path] = check(computations[0], path)
         if status[path] != OK and not _works(sets[0].x.device):
-            raise DeviceLost(row(path, status[path]))
+            raise DeviceLost(row(path, f"{_LOST}{status[path]}"))
     calls = {
         path: [functools.partial(one.run, path) for one in computations]
         for path in paths
@@ -329,10 +337,25 @@ def measure(
     except RuntimeError as error:  # a capture that failed, say: no figure, and no path is to blame
         reason = (str(error).strip().splitlines() or [""])[0]
         if not _works(sets[0].x.device):
-            raise DeviceLost(row(list(calls)[-1], f"failed: timed: {reason}"[:200])) from error
+            raise DeviceLost(row(list(calls)[-1], f"{_LOST}timed: {reason}"[:200])) from error
         warnings.warn(f"{product} at {shape} was not timed: {reason}", RuntimeWarning, stacklevel=2)
         return []
     return [row(path, status[path], seconds.get(path)) for path in paths]
+
+
+def _sizes(product: str, dropout: bool, dtype: str, shape: Shape | Row) -> tuple:
+    """All that the rows of a product depend on: shapes that agree in it share them."""
+    sizes = tuple(getattr(shape, size) for size in measured.SIZES[product])
+    return product, dropout, dtype, shape.M, sizes, shape.R
+
+
+def _earlier(path: Path, described: Device) -> list[Row]:
+    """The rows of this GPU and Triton in a file; none where it is no such file, which is replaced then."""
+    machine = described.name, described.capability, measured.triton_version()
+    try:
+        return [row for row in measured.read_rows(path) if (row.gpu, row.capability, row.triton) == machine]
+    except (FileNotFoundError, ValueError):
+        return []
 
 
 def tune(
@@ -341,28 +364,43 @@ def tune(
     described: Device,
     timer: Timer,
     path: Path,
+    resume: bool = False,
 ) -> Iterator[tuple[torch.dtype, Shape, list[Row] | None]]:
     """Measure every job and save its rows in ``path``; yields them, None where the memory is too small.
 
-    Products that two shapes share (h does not depend on N) are measured once. Plans are made anew afterwards.
+    Products that two shapes share (h does not depend on N) are measured once, with ``resume`` also those that
+    ``path`` has all rows of. Plans are made anew afterwards.
 
     Raises:
         DeviceLost: see :func:`measure`; what was measured is saved.
-        OSError: the file cannot be written.
+        OSError: the file cannot be read or written.
     """
-    seen = set()
+    earlier = _earlier(path, described)
+    broken = {(row.family, row.path): row.status for row in earlier if row.status.startswith(_LOST)}
+    known: dict[tuple, list[Row]] = {}
+    for row in earlier if resume else ():
+        known.setdefault(_sizes(row.product, row.dropout, row.dtype, row), []).append(row)
+    whole = {product: set(paths) for product, paths in measured.PATHS.items()}
+    known = {sizes: rows for sizes, rows in known.items() if {row.path for row in rows} == whole[sizes[0]]}
     for dtype, shape in jobs:
-        rows: list[Row] | None = []
+        name = str(dtype).removeprefix("torch.")
+        rows: list[Row] = []
+        complete = True
+        sets: list[Inputs] = []
         try:
-            sets = [draw_inputs(shape, dtype, device, seed) for seed in range(_input_sets(shape, device))]
             for product, dropout in products(shape):
-                sizes = tuple(getattr(shape, size) for size in measured.SIZES[product])
-                key = (dtype, product, dropout, shape.M, sizes, shape.R)
-                if key not in seen:
-                    rows += measure(product, dropout, shape, dtype, described, sets, timer, rows)
-                    seen.add(key)
+                sizes = _sizes(product, dropout, name, shape)
+                if sizes in known:
+                    continue
+                if not sets:
+                    count = _input_sets(shape, device)
+                    sets = [draw_inputs(shape, dtype, device, seed) for seed in range(count)]
+                parts = (known.get(_sizes(part, False, name, shape), []) for part in ("g", "dA"))
+                before = [row for part in parts for row in part]
+                known[sizes] = measure(product, dropout, shape, dtype, described, sets, timer, before, broken)
+                rows += known[sizes]
         except torch.OutOfMemoryError:
-            rows = rows or None
+            complete = bool(rows)
         except DeviceLost as lost:
             measured.save_rows(path, [*rows, lost.row])
             planner.forget_plans()
@@ -371,7 +409,7 @@ def tune(
         if rows:
             measured.save_rows(path, rows)
             planner.forget_plans()
-        yield dtype, shape, rows
+        yield dtype, shape, rows if complete else None
 
 
 def _input_sets(shape: Shape, device: torch.device) -> int:
@@ -601,6 +639,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--out", type=Path, help="file to write, the one that plan reads if not given")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no shape after so long")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the file has rows of, measured on this GPU"
+    )
     parser.add_argument("--list", action="store_true", help="only list what would be measured")
     return parser
 
@@ -643,7 +684,7 @@ def main(
     interrupted = False
     in_time = _until(time.monotonic() + 60 * options.minutes, _with_progress(jobs))
     try:
-        for dtype, shape, new in tune(in_time, device, described, timer, path):
+        for dtype, shape, new in tune(in_time, device, described, timer, path, options.resume):
             done += 1
             rows += new or []
             if new is None:
@@ -652,7 +693,8 @@ def main(
         interrupted = True
     except DeviceLost as lost:
         return _give_up(
-            f"the GPU stopped: {lost}. This path will not be chosen; the rows so far are in {path}"
+            f"the GPU stopped: {lost}. This path will not be chosen, nor run again; the rows so far are in "
+            f"{path}, --resume goes on"
         )
     except OSError as error:
         return _give_up(f"{path} cannot be written: {error}")

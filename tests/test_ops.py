@@ -1,11 +1,14 @@
 """The two operators: registration, fakes that match the real results, autocast inside."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import HALF, dtype_id, every_run, tensors
 from torch._subclasses import FakeTensorMode
 
-import fastlora.ops  # noqa: F401 - registers the operators
+from fastlora import ops
 
 forward = torch.ops.fastlora.lora_forward.default
 backward = torch.ops.fastlora.lora_backward.default
@@ -137,3 +140,29 @@ class TestBackward:
             ]
             pointers = [pointer for pointer in pointers if pointer]
             assert len(pointers) == len(set(pointers))
+
+
+@pytest.mark.parametrize(
+    ("current", "autocast", "entered"),
+    [(1, False, []), (0, False, [1]), (1, True, [1]), (0, True, [1])],
+    ids=["nothing to change", "another device", "autocast", "both"],
+)
+def test_operators_enter_only_the_blocks_that_change_something(monkeypatch, current, autocast, entered):
+    devices = []
+
+    @contextlib.contextmanager
+    def device(which):
+        devices.append(which.index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    was_on = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", autocast)
+    try:
+        with ops._scope(SimpleNamespace(device=torch.device("cuda", 1))):
+            assert devices == entered
+            assert not torch.is_autocast_enabled("cuda")
+        assert torch.is_autocast_enabled("cuda") == autocast
+    finally:
+        torch.set_autocast_enabled("cuda", was_on)

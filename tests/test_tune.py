@@ -784,10 +784,80 @@ class TestCommand:
         monkeypatch.setattr(tune, "_works", lambda device: False)
         assert run("--shapes", "20,24,32,4") == 2
         rows = measured.read_rows(cache)
-        assert [(r.product, r.path) for r in rows if r.status != "ok"] == [("dA", "triton")]
+        (lost,) = [r for r in rows if r.status != "ok"]
+        assert (lost.product, lost.path) == ("dA", "triton")
+        assert lost.status.startswith("lost the GPU: failed: RuntimeError: CUDA error: an illegal")
         assert not [r for r in rows if r.product == "dB"]
         assert "dA by triton" in capsys.readouterr().err
         assert planned(TEST_GPU, 8192, 4096, 4096, 4).dA.path == "addmm"
+
+    @pytest.mark.parametrize("shape", ["20,24,32,4", "300,40,8,9"])
+    def test_after_a_lost_device(self, cache, monkeypatch, shape):
+        """The path that broke the GPU is not run again, so that the next run gets past it, at any shape."""
+        token_sum, status = ops._token_sum, "lost the GPU: failed: RuntimeError: CUDA error"
+
+        def illegal(step, p, u, scale, dtype, transposed=False, drop=None):
+            assert step.path != "triton" or transposed
+            return token_sum(step, p, u, scale, dtype, transposed, drop)
+
+        monkeypatch.setattr(ops, "_token_sum", illegal)
+        write(
+            cache,
+            [row(us=None, gpu=TEST_GPU, product="dA", M=20, N=24, K=32, R=4, dropout=False, status=status)],
+        )
+        assert run("--shapes", shape) == 0
+        rows = [r for r in measured.read_rows(cache) if ",".join(map(str, r.shape)) == shape]
+        wrong = {(r.product, r.path, r.status) for r in rows if r.status != "ok"}
+        assert wrong == {("dA", "triton", status)}
+        assert {r.product for r in rows} == set(measured.SIZES) - {"forward"}
+
+    def test_resumed(self, cache, monkeypatch, capsys):
+        """What the file has is left alone, what an earlier run did not get to or through is measured."""
+        assert run("--shapes", "20,24,32,4") == 0
+        old = [r for r in measured.read_rows(cache) if (r.product, r.path) != ("y", "addmm")]
+        old = [r for r in old if r.product != "g+dA"]
+        cache.unlink()
+        write(cache, [*old, row(gpu=H200, product="h", M=21, N=24, K=32, R=4)])
+        drawn, draw = [], tune.draw_inputs
+        monkeypatch.setattr(
+            tune, "draw_inputs", lambda shape, *rest: drawn.append(shape) or draw(shape, *rest)
+        )
+        timer = fake_timer(triton=9e-6, addmm=8e-6)
+        # Of the second shape, g and dA are those of the first.
+        shapes = ["20,24,32,4", "20,24,40,4", "21,24,32,4"]
+        assert run("--shapes", *shapes, "--resume", timer=timer) == 0
+        new = [r for r in measured.read_rows(cache) if r.gpu == TEST_GPU.name and r not in old]
+        assert {(r.product, r.dropout) for r in new if (r.M, r.K) == (20, 32)} == {
+            ("y", False),
+            ("g+dA", False),
+        }
+        second = {("h", False), ("y", False), ("dx", False), ("dB", False)}
+        second |= {(name, True) for name in planner.DROPPED}
+        assert {(r.product, r.dropout) for r in new if r.K == 40} == second
+        third = tune.products(tune.Shape(21, 24, 32, 4))
+        assert {(r.product, r.dropout) for r in new if r.M == 21} == set(third)
+        assert len(drawn) == 3
+        capsys.readouterr()
+        assert run("--shapes", *shapes, "--resume", timer=lambda functions: pytest.fail("timed again")) == 0
+        assert len(drawn) == 3
+        assert "\n0 rows for Test GPU" in capsys.readouterr().out
+
+    def test_resuming_takes_the_fastest_g_and_dA_from_the_file(self, cache, monkeypatch):
+        assert run("--shapes", "20,24,32,4", timer=fake_timer(triton=1e-6)) == 0
+        old = [r for r in measured.read_rows(cache) if r.product != "g+dA"]
+        cache.unlink()
+        write(cache, old)
+        used, project = [], ops._project
+
+        def spied(step, *args):
+            used.append(step.path)
+            return project(step, *args)
+
+        monkeypatch.setattr(ops, "_project", spied)
+        timer = fake_timer()
+        assert run("--shapes", "20,24,32,4", "--resume", timer=timer) == 0
+        assert timer.seen == [{"together": 1, "apart": 1}]
+        assert used[-1] == "triton"
 
     def test_another_file(self, cache, tmp_path):
         out = tmp_path / "folder" / "rows.csv"
