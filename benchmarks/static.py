@@ -89,13 +89,13 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
     found = []
     for arch in archs:
         for R in RANKS:
-            found += [Case("project", arch, M, R) for M in (16, 8192)]
+            found += [Case("project", arch, M, R) for M in (16, 4096, 8192)]
             found += [Case("gemm", arch, M, R) for M in ROWS]
             found.append(Case("token_sum", arch, 8192, R))
             found += [Case("backward", arch, M, R, backward=True) for M in (16, 8192)]
             found += [Case("small", arch, 16, R, features=N) for N in SMALL_FEATURES]
         for R in (16, 64):
-            found += [Case("project", arch, M, R, dropout=True) for M in (16, 8192)]
+            found += [Case("project", arch, M, R, dropout=True) for M in (16, 4096, 8192)]
             found += [Case("gemm", arch, M, R, dropout=True, backward=True) for M in ROWS]
             found.append(Case("token_sum", arch, 8192, R, dropout=True, backward=True))
         found.append(Case("gemm", arch, 8192, 16, backward=True))
@@ -107,9 +107,10 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
         ]
         # A wider adapter takes more shared memory: at high ranks it has configurations of its own.
         for R in (32, 64, 128, 256):
-            for M in (16, 8192):
+            for M in (16, 4096, 8192):
                 found.append(Case("project", arch, M, R, adapter="fp32", dropout=True))
                 found.append(Case("project", arch, M, R, adapter="fp32", backward=True))
+            for M in (16, 8192):
                 found.append(Case("backward", arch, M, R, adapter="fp32", backward=True))
             found += [Case("small", arch, 16, R, adapter="fp32", features=N) for N in SMALL_FEATURES]
         found.append(Case("backward", arch, 8192, 16, dtype="fp16", adapter="fp32", backward=True))
@@ -127,7 +128,7 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
 
 
 def _project_source(case: Case):
-    config = configs.select_project(case.arch, case.M, case.R, 2, case.adapter_itemsize)
+    config = configs.select_project(case.arch, SMS, case.M, case.R, 2, case.adapter_itemsize)
     signature = {
         "p_ptr": f"*{case.dtype}", "stride_pm": "i32", "stride_pd": 1,
         "q_ptr": f"*{case.adapter}", "stride_qd": 1, "stride_qr": "i32",

@@ -467,15 +467,15 @@ def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
     if path == "triton" and problem.M and D and E:
         # The interpreter has no architecture: it takes the tiles of the oldest.
         capability = problem.device.capability or configs.MIN_CAPABILITY
-        M, R, itemsize = problem.M, problem.R, problem.dtype.itemsize
+        M, R, itemsize, sms = problem.M, problem.R, problem.dtype.itemsize, problem.device.sms or 8
         if primitive == "project":
-            config = configs.select_project(capability, M, R, itemsize, problem.adapter_itemsize)
+            config = configs.select_project(capability, sms, M, R, itemsize, problem.adapter_itemsize)
         elif primitive == "gemm":
             config = hopper_config(problem, name) or configs.select_gemm(
                 capability, M, E, R, itemsize, problem.dropout and name == "dx"
             )
         else:
-            config = configs.select_token_sum(capability, problem.device.sms or 8, M, D, R, itemsize)
+            config = configs.select_token_sum(capability, sms, M, D, R, itemsize)
     return Step(primitive, path, config, reason)
 
 
@@ -646,13 +646,22 @@ def estimate(
         return triton / share + _LAUNCH, plain + update + 2 * _LAUNCH
     flops = 2 * M * D * rank
     moved = 2 * (M * D + M * R + D * R)
+    # The narrow operand comes from the L2 cache, for each program anew.
     if primitive == "project":
         programs, partial, launches = -(-M // config.block_m), 0, 1
+        cached = 2 * programs * D * R
     else:
-        programs, launches = -(-D // config.block_d) * config.splits, 2
+        tiles = -(-D // config.block_d)
+        programs, launches = tiles * config.splits, 2
         partial = 8 * config.splits * D * R  # fp32, written and read
+        cached = 2 * tiles * M * R
     share = _share(programs, sms)
-    triton = max(flops / roofline.flops, moved / (roofline.bytes * _TRITON_SKINNY)) / share
+    triton = max(
+        flops / roofline.flops,
+        moved / (roofline.bytes * _TRITON_SKINNY),
+        (moved + cached) / (roofline.bytes * _L2),
+    )
+    triton /= share
     triton += partial / roofline.bytes + launches * _LAUNCH
     # cuBLAS returns the sum in the half dtype and leaves the factor alpha to another small kernel.
     addmm = max(flops / roofline.flops, moved / (roofline.bytes * _CUBLAS_SKINNY)) + launches * _LAUNCH

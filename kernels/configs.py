@@ -182,19 +182,27 @@ def _rank_block(rank: int, limit: int = MAX_RANK) -> int:
     return min(max(_MIN_BLOCK, 1 << (rank - 1).bit_length()), limit)
 
 
+def _widest(blocks: tuple[int, ...], size: int, sms: int) -> int:
+    """The widest block that still gives nine in ten multiprocessors a program, else the last."""
+    return next((block for block in blocks[:-1] if 10 * -(-size // block) >= 9 * sms), blocks[-1])
+
+
 def select_project(
-    capability: int, M: int, R: int, itemsize: int, adapter_itemsize: int = 0
+    capability: int, sms: int, M: int, R: int, itemsize: int, adapter_itemsize: int = 0
 ) -> ProjectConfig:
-    """The configuration of project for P: (M, D) and rank R; ``adapter_itemsize`` 0: as P's."""
+    """The configuration of project for P: (M, D) and rank R on a GPU of ``sms`` multiprocessors.
+
+    ``adapter_itemsize``: bytes of an element of Q, 0 for P's.
+    """
     block_r = _rank_block(R)
-    # Short inputs take short tiles, so that there are programs enough to pull on the memory.
-    block_m = 64 if M >= 64 * 64 else 16
+    # Every program reads all of Q, and it takes many of them to pull on the memory.
+    block_m = _widest((64, 32, 16), M, sms)
     num_warps = 4 if block_m * block_r <= 64 * 128 else 8
+    steps = ((128, 4), (128, 3), (64, 4), (64, 3), (64, 2), (32, 2))
+    if (nearest_capability(capability), block_m, block_r) == (120, 32, 32) and adapter_itemsize > itemsize:
+        steps = steps[2:]  # with dropout the longer steps spill there
     return _first_fitting(
-        (
-            ProjectConfig(block_m, block_d, block_r, num_warps, num_stages)
-            for block_d, num_stages in ((128, 4), (128, 3), (64, 4), (64, 3), (64, 2), (32, 2))
-        ),
+        (ProjectConfig(block_m, block_d, block_r, num_warps, num_stages) for block_d, num_stages in steps),
         capability,
         itemsize,
         adapter_itemsize,
@@ -234,7 +242,8 @@ def select_group_dx(capability: int, M: int, E: int, R: int, itemsize: int, drop
 def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize: int) -> TokenSumConfig:
     """The configuration of token sum for P: (M, D) and rank R on a GPU of ``sms`` multiprocessors."""
     block_r = _rank_block(R)
-    block_d = block_m = 64
+    # Every program reads all of U for its tokens: from rank 64 on as much as of P, or more.
+    block_d, block_m = 128 if block_r >= 64 else 64, 64
     num_warps = 4 if block_r <= 64 else 8
     # Two programs a multiprocessor, each with at least four steps to amortise its partial sum.
     tiles = -(-D // block_d)
@@ -298,8 +307,8 @@ def select_small(
     ``adapter_itemsize``: bytes of an element of A and B, 0 for x's.
     """
     block_r = _rank_block(R)
-    # Every program reads all of x and B: the widest tile that still gives nine in ten multiprocessors one.
-    block_n = next((block for block in (64, 32) if 10 * -(-N // block) >= 9 * sms), 16)
+    # Every program reads all of x and B.
+    block_n = _widest((64, 32, 16), N, sms)
     return _first_fitting(
         (
             SmallConfig(SMALL_ROWS, block_n, block_k, block_r, 4, num_stages)

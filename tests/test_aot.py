@@ -84,7 +84,8 @@ def test_matrix_instructions(arch_rows):
     """Tensor cores everywhere; wgmma on sm_90 and tcgen05 on sm_100 for every tile of 64 rows or more."""
     for row in arch_rows:
         arch, mma = int(row["arch"]), row["mma"]
-        large = "block_m=16" not in row["config"]
+        # wgmma takes 64 rows, tcgen05 at least as many.
+        large = not any(f"block_m={rows} " in row["config"] for rows in (16, 32))
         wide = {90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA")
         if row["kernel"] == "backward" and not large:
             # g's tiles have 16 rows, dA's 64: the row names the one that stands there more often.
@@ -129,8 +130,8 @@ def test_every_selectable_configuration_is_compiled(static_rows):
         for M in (1, 16, 17, 64, 65, 500, 4095, 4096, 10**6):
             for R in (1, 16, 17, 33, 65, 129, 256):
                 for kernel, config in (
-                    ("project", configs.select_project(arch, M, R, 2)),
-                    ("project", configs.select_project(arch, M, R, 2, 4)),
+                    ("project", configs.select_project(arch, 108, M, R, 2)),
+                    ("project", configs.select_project(arch, 108, M, R, 2, 4)),
                     ("gemm", configs.select_gemm(arch, M, 4096, R, 2, dropout=False)),
                     ("token_sum", configs.select_token_sum(arch, 108, M, 4096, R, 2)),
                     ("backward", configs.select_backward(arch, 108, M, 4096, R, 2)),

@@ -542,9 +542,9 @@ class TestPlan:
 
     def test_wider_adapters_are_read_as_they_lie_for_g_alone(self):
         plan = self.plan(Rs=(64, 64, 128), adapter_dtype=torch.float32, mode="triton")
-        assert plan.h.config == configs.select_project(90, 8192, 256, 2)
-        assert plan.branches[2].g.config == configs.select_project(90, 8192, 128, 2, 4)
-        assert plan.branches[2].g.config != configs.select_project(90, 8192, 128, 2)
+        assert plan.h.config == configs.select_project(90, 132, 8192, 256, 2)
+        assert plan.branches[2].g.config == configs.select_project(90, 132, 8192, 128, 2, 4)
+        assert plan.branches[2].g.config != configs.select_project(90, 132, 8192, 128, 2)
 
     def test_dx_counts_every_branch_of_the_chain(self):
         """Where one layer as wide as all takes cuBLAS, each branch is a launch and a pass over dx more."""
@@ -632,7 +632,7 @@ class TestKernel:
         p = torch.randn(37, 70).half().to(kernel_device)
         q = (torch.randn(70, 9) * 0.1).half().to(kernel_device)
         whole = torch.full((37, 20), 7.0, dtype=torch.float16, device=kernel_device)
-        out = project(p, q, configs.select_project(80, 37, 9, 2), keep_scale=0.7, out=whole[:, 5:14])
+        out = project(p, q, configs.select_project(80, 8, 37, 9, 2), keep_scale=0.7, out=whole[:, 5:14])
         assert out.data_ptr() == whole[:, 5:].data_ptr()
         assert_as_accurate(whole[:, 5:14], 0.7 * (p @ q), 0.7 * (p.double() @ q.double()), "h")
         assert (whole[:, :5] == 7).all()

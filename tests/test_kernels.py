@@ -1,5 +1,6 @@
 """Each kernel against float64, with every layout, odd sizes and padded ranks: interpreted or on a GPU."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -49,12 +50,15 @@ def dropout_arguments(seed):
 
 
 class TestProject:
+    @pytest.mark.parametrize("block_m", [16, 32, 64])
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize(("M", "D", "E", "R"), SIZES)
-    def test_against_float64(self, kernels, kernel_device, dtype, M, D, E, R):
+    def test_against_float64(self, kernels, kernel_device, dtype, M, D, E, R, block_m):
         p = matrix(M, D, dtype, kernel_device)
         q = matrix(D, R, dtype, kernel_device, scale=D**-0.5)
-        h = kernels.project(p, q, configs.select_project(capability(kernel_device), M, R, 2))
+        config = configs.select_project(capability(kernel_device), 8, M, R, 2)
+        config = dataclasses.replace(config, block_m=block_m)
+        h = kernels.project(p, q, config)
         assert h.dtype == dtype
         assert h.is_contiguous()
         assert_as_accurate(h, p @ q, p.double() @ q.double(), "h")
@@ -64,13 +68,13 @@ class TestProject:
     def test_reads_only_its_views(self, kernels, kernel_device, p_layout, q_layout):
         p = matrix(37, 70, torch.float16, kernel_device, p_layout)
         q = matrix(70, 9, torch.float16, kernel_device, q_layout, 0.1)
-        h = kernels.project(p, q, configs.select_project(capability(kernel_device), 37, 9, 2))
+        h = kernels.project(p, q, configs.select_project(capability(kernel_device), 8, 37, 9, 2))
         assert_as_accurate(h, p @ q, p.double() @ q.double(), "h")
 
     def test_adapter_of_a_wider_dtype(self, kernels, kernel_device):
         p = matrix(40, 64, torch.bfloat16, kernel_device)
         q = matrix(64, 8, torch.float32, kernel_device, scale=0.1)
-        h = kernels.project(p, q, configs.select_project(capability(kernel_device), 40, 8, 2))
+        h = kernels.project(p, q, configs.select_project(capability(kernel_device), 8, 40, 8, 2))
         assert_as_accurate(h, p @ q.bfloat16(), p.double() @ q.double(), "h")
 
     @pytest.mark.parametrize("dtype", HALF)
@@ -79,7 +83,7 @@ class TestProject:
         p = matrix(M, D, dtype, kernel_device)
         q = matrix(D, R, dtype, kernel_device, scale=0.1)
         seed = torch.tensor([-(2**62) - 12345], device=kernel_device)
-        config = configs.select_project(capability(kernel_device), M, R, 2)
+        config = configs.select_project(capability(kernel_device), 8, M, R, 2)
         h = kernels.project(p, q, config, **dropout_arguments(seed), keep_scale=reference.keep_scale(DROPOUT))
         keep = eager_keep(seed, M, D, kernel_device)
         assert_as_accurate(h, (p * keep.to(dtype)) @ q, (p.double() * keep) @ q.double(), "h")
@@ -217,9 +221,9 @@ class TestTokenSum:
 @pytest.mark.parametrize("arch", sorted(configs.SHARED_MEMORY))
 def test_every_configuration_fits_its_architecture(arch, rank):
     for itemsize in (2, 4):
-        for M in (1, 17, 512, 8192):
+        for M in (1, 17, 512, 4096, 8192):
             for config in (
-                configs.select_project(arch, M, rank, itemsize),
+                configs.select_project(arch, 108, M, rank, itemsize),
                 configs.select_gemm(arch, M, 4096, rank, itemsize, dropout=False),
                 configs.select_gemm(arch, M, 4096, rank, itemsize, dropout=True),
                 configs.select_token_sum(arch, 108, M, 4096, rank, itemsize),
@@ -231,9 +235,9 @@ def test_every_configuration_fits_its_architecture(arch, rank):
 @pytest.mark.parametrize("rank", [1, 16, 17, 64, 128, 256])
 @pytest.mark.parametrize("arch", sorted(configs.SHARED_MEMORY))
 def test_a_wider_adapter_fits_too(arch, rank):
-    for M in (1, 17, 512, 8192):
+    for M in (1, 17, 512, 4096, 8192):
         for config in (
-            configs.select_project(arch, M, rank, 2, 4),
+            configs.select_project(arch, 108, M, rank, 2, 4),
             configs.select_backward(arch, 108, M, 4096, rank, 2, 4),
             configs.select_small(arch, 132, 4096, rank, 2, 4),
         ):
