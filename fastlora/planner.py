@@ -641,8 +641,9 @@ def estimate(
         triton = max(
             (flops + 2 * M * E * rank) / (roofline.flops * roofline.loop_efficiency), moved / roofline.bytes
         )
-        plain = max(flops / roofline.flops, moved / roofline.bytes)
-        update = max(2 * M * E * rank / roofline.flops, 4 * M * E / roofline.bytes)
+        # The update is written first; P @ Q, which is added onto it, reads it beside its operations.
+        plain = max(flops / roofline.flops, (moved + 2 * M * E) / roofline.bytes)
+        update = max(2 * M * E * rank / roofline.flops, 2 * M * E / roofline.bytes)
         return triton / share + _LAUNCH, plain + update + 2 * _LAUNCH
     flops = 2 * M * D * rank
     moved = 2 * (M * D + M * R + D * R)

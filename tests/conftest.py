@@ -50,6 +50,15 @@ def _fixed_seed():
 
 
 @pytest.fixture
+def as_blas_on_a_gpu(monkeypatch):
+    """The addmm form on the CPU as half precision takes it on a GPU: the large product comes last."""
+    from fastlora import ops
+
+    monkeypatch.setattr(ops, "_update_first", lambda p: True)
+    monkeypatch.setattr(ops, "_is_few_and_wide", lambda x, A: False)
+
+
+@pytest.fixture
 def poisoned_empty(monkeypatch):
     """``torch.empty`` returns NaN, so that an element that no kernel writes is seen."""
     empty = torch.empty

@@ -101,6 +101,16 @@ class TestValues:
         assert torch.equal(y, differentiate(function, case).y)
         assert torch.equal(y, z.clone())
 
+    @pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] in HALF], ids=dtype_id)
+    @pytest.mark.parametrize(("M", "N", "K", "R"), SIZES)
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_in_the_order_of_a_gpus_blas(self, as_blas_on_a_gpu, dtypes, M, N, K, R, bias):
+        case = tensors(M, N, K, R, *dtypes, bias=bias)
+        wanted = ("x", "A", "B", "bias")[: 3 + bias]
+        ours = differentiate(fused(1.7, path="addmm"), case, wanted)
+        assert ours.y.dtype == case.x.dtype
+        assert_matches(ours, exact(case, 1.7), eager_errors(case, 1.7, wanted=wanted))
+
     @every_run
     @pytest.mark.parametrize("dropout", [0.0, 0.3])
     def test_deterministic(self, run, dropout):

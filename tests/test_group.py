@@ -130,6 +130,11 @@ def check(problem, run, dropout=0.0, seed=None, keep=None):
 
 
 class TestValues:
+    @pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] in HALF], ids=dtype_id)
+    @pytest.mark.parametrize(("M", "K", "branches"), [(1, 65, GATE_UP), (37, 70, QKV)])
+    def test_in_the_order_of_a_gpus_blas(self, as_blas_on_a_gpu, dtypes, M, K, branches):
+        check(group(M, K, branches, *dtypes), SimpleNamespace(path="addmm"))
+
     @every_run
     @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
     @pytest.mark.parametrize(("M", "K", "branches"), [(1, 65, GATE_UP), (37, 70, QKV)])

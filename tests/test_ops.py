@@ -8,6 +8,7 @@ import torch
 from cases import HALF, dtype_id, every_run, tensors
 from torch._subclasses import FakeTensorMode
 
+import fastlora
 from fastlora import ops
 
 forward = torch.ops.fastlora.lora_forward.default
@@ -140,6 +141,38 @@ class TestBackward:
             ]
             pointers = [pointer for pointer in pointers if pointer]
             assert len(pointers) == len(set(pointers))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "first"),
+    [
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, True),
+        ("cuda", torch.float32, False),
+        ("cpu", torch.bfloat16, False),
+    ],
+)
+def test_when_blas_computes_the_update_first(kind, dtype, first):
+    assert ops._update_first(SimpleNamespace(device=torch.device(kind), dtype=dtype)) == first
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_large_product_comes_last_on_a_gpu(as_blas_on_a_gpu, bias):
+    """It is added in place onto the update, in both directions."""
+    case = tensors(64, 48, 80, 4, torch.bfloat16, bias=bias)
+    for name in ("x", "A", "B"):
+        getattr(case, name).requires_grad_()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
+        y = fastlora.lora_linear(case.x, case.weight, case.A, case.B, 1.5, case.bias)
+        y.backward(case.dy)
+    products = {"aten::mm", "aten::addmm", "aten::addmm_"}
+    calls = [(event.name, event.input_shapes[:3]) for event in profile.events() if event.name in products]
+    assert [call for call in calls if [48, 80] in call[1] or [80, 48] in call[1]] == [
+        ("aten::addmm_", [[64, 48], [64, 80], [80, 48]]),
+        ("aten::addmm_", [[64, 80], [64, 48], [48, 80]]),
+    ]
 
 
 @pytest.mark.parametrize(
