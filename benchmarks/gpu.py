@@ -42,6 +42,7 @@ import source_tree
 
 source_tree.install()
 
+import tiles  # noqa: E402
 import torch  # noqa: E402
 from measure import Checks, Measurement, Plan, base_row, device_works, measure  # noqa: E402
 from plot import draw  # noqa: E402
@@ -89,6 +90,7 @@ SECTIONS = {
     "dropout": "forward and backward with dropout 0.1",
     "group": "q/k/v and gate/up as groups: forward, backward, both, inference",
     "model": "a decoder layer: forward and backward, training step",
+    "tiles": "other tile shapes of the kernels beside the shipped ones",
     "hopper": "the warp-specialised loop: its tests, then y and dx against BLAS and the classic loop",
 }
 PRODUCTS = ("y", "dx", "h", "g", "dA", "dB", "g+dA")
@@ -108,7 +110,7 @@ PICTURES = {
 # of the decoder layers.
 COMPILE_RANK = 16
 # Seconds that a unit of a section may take, where those before it were of another kind.
-GUESSES = {"training": 45.0, "dropout": 30.0, "group": 30.0, "model": 120.0, "hopper": 60.0}
+GUESSES = {"training": 45.0, "dropout": 30.0, "group": 30.0, "model": 120.0, "tiles": 30.0, "hopper": 60.0}
 # What the tables are worth nothing without. The others would take more than the minutes of a call: fuzzing
 # compiles hundreds of kernels. tune's own test times, which other tests beside it would disturb.
 TESTS = (
@@ -179,6 +181,7 @@ def units(wanted: set[str], providers: Providers, target: Target, out: Path) -> 
         "dropout": target.plan("dropout", ("both",), dropout=0.1),
         "group": target.plan("group", ()),
         "model": target.plan("model", ()),
+        "tiles": target.plan("tiles", ()),
         "hopper": target.plan("hopper", ("y", "dx")),
     }
     hopper_tests = functools.cache(
@@ -188,13 +191,16 @@ def units(wanted: set[str], providers: Providers, target: Target, out: Path) -> 
     work = []
     for part in (0, 1):
         for section in sections:
-            for shape in shapes_of(section, target)[part] if section != "hopper" else ():
+            for shape in shapes_of(section, target)[part] if section not in ("tiles", "hopper") else ():
                 plan = plans[section]
                 work.append(
                     _product_unit(shape, plan)
                     if section == "mainloop"
                     else _layer_unit(shape, plan, providers)
                 )
+    if "tiles" in wanted:
+        swept = [("h", TINY_SHAPES[1]), ("dA", TINY_SHAPES[1])] if target.dry else tiles.work()
+        work += [_tile_unit(product, shape, plans["tiles"], target) for product, shape in swept]
     if "hopper" in wanted:
         work += [_product_unit(s, plans["hopper"], hopper_tests) for s in shapes_of("hopper", target)[0]]
     return [
@@ -208,6 +214,13 @@ def _layer_unit(shape: AnyShape, plan: Plan, providers: Providers) -> Unit:
     if shape.R != COMPILE_RANK or shape in MODEL_SHAPES[1:]:
         chosen = [provider for provider in chosen if provider.name != "compile"]
     return Unit(f"{plan.section} {shape}", lambda: measure(shape, chosen, plan, kind.make))
+
+
+def _tile_unit(product: str, shape: Shape, plan: Plan, target: Target) -> Unit:
+    # A candidate is measured to be sorted, not to be reported: by the first timer alone.
+    plan = replace(plan, timers=plan.timers[:1])
+    few = (3, False) if target.dry else ()
+    return Unit(f"tiles {product} {shape}", lambda: tiles.measure_tiles(product, shape, plan, *few))
 
 
 def _product_unit(shape: Shape, plan: Plan, tests: Callable[[], str] = lambda: OK) -> Unit:
@@ -339,7 +352,9 @@ class Progress:
         write_json(out / "summary.json", {**self.summary, "left_out": self.left_out, "wrong": wrong})
         for line in wrong:
             print(f"WRONG: {line}")
-        print(ratio_table(self.rows, timers))
+        print(ratio_table([row for row in self.rows if row.section != "tiles"], timers))
+        if any(row.section == "tiles" for row in self.rows):
+            print(tiles.tile_table(self.rows, timers))
         if any(row.section == "model" for row in self.rows):
             print(step_table(self.rows))
         if warning := noise_warning(self.rows):

@@ -7,8 +7,9 @@ most 16 tokens y has the kernel that makes h too. "g+dA" is both in one launch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from check import FACTOR, SLACK, Error, error
@@ -38,19 +39,25 @@ class Product:
     exact: dict[str, Tensor | tuple[Tensor, ...]]
 
 
-def products(problem: Problem, with_hopper: bool = False) -> dict[str, Callable[[], Product]]:
-    """h, y, g, dx, dA, dB and g+dA by name; each is made when called, so that few live at a time.
+# Name of a product and its shipped configuration, None where it has none -> what to launch, by name.
+Tiles = Callable[[str, object], Mapping[str, object]]
 
-    ``with_hopper``: the warp-specialised loop beside the classic one, on sm_90.
+
+def products(
+    problem: Problem, with_hopper: bool = False, tiles: Tiles | None = None
+) -> dict[str, Callable[[], Product]]:
+    """h, y, g, dx, dA, dB, g+dA and forward by name; each is made when called, so that few live at a time.
+
+    ``with_hopper``: the warp-specialised loop beside the classic one, on sm_90. ``tiles``: the configurations
+    of each kernel, in place of all that is measured otherwise.
     """
     from fastlora.kernels.backward import g_and_dA
-    from fastlora.kernels.configs import MIN_CAPABILITY, select_backward
     from fastlora.kernels.gemm import gemm
     from fastlora.kernels.project import project
     from fastlora.kernels.small import small
     from fastlora.kernels.token_sum import token_sum
     from fastlora.planner import Problem as Planned
-    from fastlora.planner import describe, kernel_step, make_plan, small_config
+    from fastlora.planner import backward_config, describe, kernel_step, make_plan, small_config
 
     p, s = problem, problem.shape
     planned = Planned(describe(p.device), p.dtype, s.M, s.N, s.K, s.R)
@@ -58,76 +65,85 @@ def products(problem: Problem, with_hopper: bool = False) -> dict[str, Callable[
     config = {name: kernel_step(planned, name).config for name in ("h", "y", "g", "dx", "dA", "dB")}
     x = p.x.detach()
     h, g = x @ p.B.t(), p.dy @ p.A
+    launched = tiles or (lambda name, shipped: {TRITON: shipped})
 
-    def projected(rows: Tensor, right: Tensor, config) -> Product:
-        return Product(
-            lambda: torch.mm(rows, right),
-            {TRITON: lambda: project(rows, right, config)},
-            {name: rows.double() @ right.double() for name in (FLOOR, TRITON)},
-        )
+    def projected(name: str, rows: Tensor, right: Tensor) -> Product:
+        kernels = {key: partial(project, rows, right, c) for key, c in launched(name, config[name]).items()}
+        exact = rows.double() @ right.double()
+        return Product(lambda: torch.mm(rows, right), kernels, dict.fromkeys((FLOOR, *kernels), exact))
 
-    def updated(rows: Tensor, right: Tensor, u: Tensor, v: Tensor, config) -> Product:
-        # Rank 0: the same kernel and tiles, its loop over the ranks empty.
-        off = (u[:, :0], v[:0])
+    def updated(name: str, rows: Tensor, right: Tensor, u: Tensor, v: Tensor) -> Product:
+        kernels = {
+            key: partial(gemm, rows, right, u, v, p.alpha, c)
+            for key, c in launched(name, config[name]).items()
+        }
         base = rows.double() @ right.double()
         whole = base + p.alpha * (u.double() @ v.double())
         product = Product(
-            lambda: torch.mm(rows, right),
-            {
-                TRITON: lambda: gemm(rows, right, u, v, p.alpha, config),
-                UPDATE_OFF: lambda: gemm(rows, right, *off, p.alpha, config),
-            },
-            {FLOOR: base, UPDATE_OFF: base, TRITON: whole},
+            lambda: torch.mm(rows, right), kernels, {FLOOR: base, **dict.fromkeys(kernels, whole)}
         )
+        if tiles is not None:
+            return product
+        # Rank 0: the same kernel and tiles, its loop over the ranks empty.
+        product.kernels[UPDATE_OFF] = partial(gemm, rows, right, u[:, :0], v[:0], p.alpha, config[name])
+        product.exact[UPDATE_OFF] = base
         if with_hopper and planned.device.capability == 90 and s.M >= 128:
             _add_hopper(product, rows, right, u, v, p.alpha, whole)
         return product
 
     def forward() -> Product:
-        right = p.weight.t()
-        product = updated(x, right, h, p.A.t(), config["y"])
+        """The kernel that makes h and y, where the tokens are few enough for it."""
         one = small_config(planned)
-        if one is None:
-            return product
+        named = {} if one is None else launched("forward", one) if tiles else {ONE_LAUNCH: one}
+        right = p.weight.t()
         exact = x.double() @ right.double() + p.alpha * (x.double() @ p.B.double().t()) @ p.A.double().t()
-        return Product(
-            product.blas,
-            {**product.kernels, ONE_LAUNCH: lambda: small(x, p.weight, p.A, p.B, p.alpha, one)[0]},
-            {**product.exact, ONE_LAUNCH: exact},
-        )
+        kernels = {key: lambda c=c: small(x, p.weight, p.A, p.B, p.alpha, c)[0] for key, c in named.items()}
+        base = x.double() @ right.double()
+        return Product(lambda: torch.mm(x, right), kernels, {FLOOR: base, **dict.fromkeys(kernels, exact)})
 
-    def summed(rows: Tensor, u: Tensor, config) -> Product:
-        return Product(
-            lambda: torch.mm(rows.t(), u),
-            {TRITON: lambda: token_sum(rows, u, 1.0, config, p.dtype)},
-            {name: rows.double().t() @ u.double() for name in (FLOOR, TRITON)},
-        )
+    def y() -> Product:
+        product = updated("y", x, p.weight.t(), h, p.A.t())
+        if tiles is None and small_config(planned) is not None:
+            one = forward()
+            product.kernels.update(one.kernels)
+            product.exact.update({**one.exact, **product.exact})
+        return product
+
+    def summed(name: str, rows: Tensor, u: Tensor) -> Product:
+        kernels = {
+            key: partial(token_sum, rows, u, 1.0, c, p.dtype)
+            for key, c in launched(name, config[name]).items()
+        }
+        exact = rows.double().t() @ u.double()
+        return Product(lambda: torch.mm(rows.t(), u), kernels, dict.fromkeys((FLOOR, *kernels), exact))
 
     def together() -> Product:
-        device = planned.device
-        capability, sms = device.capability or MIN_CAPABILITY, device.sms or 8
-        one = select_backward(capability, sms, s.M, s.N, s.R, p.dtype.itemsize)
+        one = backward_config(planned)
+        kernels = {
+            key: partial(g_and_dA, p.dy, p.A, h, 1.0, c, p.dtype)
+            for key, c in (launched("g+dA", one) if tiles else {ONE_LAUNCH: one}).items()
+        }
+        if tiles is None:
+            kernels[TRITON] = lambda: (
+                project(p.dy, p.A, config["g"]),
+                token_sum(p.dy, h, 1.0, config["dA"], p.dtype),
+            )
         exact = p.dy.double() @ p.A.double(), p.dy.double().t() @ h.double()
         return Product(
             lambda: (torch.mm(p.dy, p.A), torch.mm(p.dy.t(), h)),
-            {
-                TRITON: lambda: (
-                    project(p.dy, p.A, config["g"]),
-                    token_sum(p.dy, h, 1.0, config["dA"], p.dtype),
-                ),
-                ONE_LAUNCH: lambda: g_and_dA(p.dy, p.A, h, 1.0, one, p.dtype),
-            },
-            dict.fromkeys((FLOOR, TRITON, ONE_LAUNCH), exact),
+            kernels,
+            dict.fromkeys((FLOOR, *kernels), exact),
         )
 
     return {
-        "y": forward,
-        "dx": lambda: updated(p.dy, p.weight, g, p.B, config["dx"]),
-        "h": lambda: projected(x, p.B.t(), config["h"]),
-        "g": lambda: projected(p.dy, p.A, config["g"]),
-        "dA": lambda: summed(p.dy, h, config["dA"]),
-        "dB": lambda: summed(x, g, config["dB"]),
+        "y": y,
+        "dx": lambda: updated("dx", p.dy, p.weight, g, p.B),
+        "h": lambda: projected("h", x, p.B.t()),
+        "g": lambda: projected("g", p.dy, p.A),
+        "dA": lambda: summed("dA", p.dy, h),
+        "dB": lambda: summed("dB", x, g),
         "g+dA": together,
+        "forward": forward,
     }
 
 
@@ -173,10 +189,10 @@ def _errors(results: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Tensor, 
     return [error(result, value) for result, value in zip(results, exact, strict=True)]
 
 
-def measure_products(shape: Shape, plan: Plan) -> Measurement:
+def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Measurement:
     """Checks, then times the kernels of each product of ``plan.modes`` in turns with its BLAS call.
 
-    Where the kernels cannot run, the rows say why.
+    Where the kernels cannot run, the rows say why. ``tiles``: as in :func:`products`.
     """
     bytes_per_set = plan.dtype.itemsize * (shape.M * (shape.N + shape.K) + shape.N * shape.K)
     problems = [
@@ -185,7 +201,7 @@ def measure_products(shape: Shape, plan: Plan) -> Measurement:
     ]
     measurement = Measurement()
     try:
-        makers = [products(problem, plan.section == "hopper") for problem in problems]
+        makers = [products(problem, plan.section == "hopper", tiles) for problem in problems]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as reason:

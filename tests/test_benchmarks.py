@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlora import ops
+from fastlora import ops, planner
+from fastlora.kernels import configs
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -27,6 +28,7 @@ import providers  # noqa: E402
 import results  # noqa: E402
 import shapes  # noqa: E402
 import tables  # noqa: E402
+import tiles  # noqa: E402
 import timing  # noqa: E402
 from measure import Checks, Plan, measure  # noqa: E402
 from primitives import ONE_LAUNCH, UPDATE_OFF, failures, products  # noqa: E402
@@ -428,7 +430,7 @@ def test_products_are_checked():
     """The kernels of the products, in the interpreter or on a GPU; and a wrong value is seen."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = products(make_problem(Shape(19, 24, 17, 3), torch.float32, device, bias=False))
-    assert list(made) == ["y", "dx", "h", "g", "dA", "dB", "g+dA"]
+    assert list(made) == ["y", "dx", "h", "g", "dA", "dB", "g+dA", "forward"]
     product = made["y"]()
     assert failures(product, CPU) == {}
     kernels = {name: (lambda run=run: run() * 1.01) for name, run in product.kernels.items()}
@@ -442,6 +444,77 @@ def test_products_are_checked():
         kernels = {**pair.kernels, ONE_LAUNCH: lambda altered=altered: altered}
         wrong = failures(replace(pair, kernels=kernels), CPU)
         assert wrong.keys() == {ONE_LAUNCH}
+
+
+@pytest.mark.parametrize("capability", sorted(configs.SHARED_MEMORY))
+def test_tile_candidates(capability):
+    """The shipped shape is the first; every product that is swept has others that fit, each once."""
+    device = planner.Device("cuda", "", capability, 132)
+    for product, s in tiles.work():
+        problem = planner.Problem(device, torch.bfloat16, s.M, s.N, s.K, s.R)
+        shipped = {"forward": planner.small_config, "g+dA": planner.backward_config}.get(
+            product, lambda p, product=product: planner.kernel_step(p, product).config
+        )(problem)
+        named = tiles.candidates(shipped, capability)
+        assert next(iter(named)) == f"triton {tiles.text(shipped)}"
+        assert next(iter(named.values())) == shipped
+        assert len(set(named.values())) == len(named) > 10
+        assert all(configs.fits(config, capability, 2) for config in named.values())
+        if product == "g+dA":
+            assert all(c.rows % c.block_m == c.rows % c.step_m == 0 for c in named.values())
+
+
+@pytest.mark.parametrize("product", ["h", "dA", "g+dA", "forward"])
+def test_wrong_tile_candidates_are_not_timed(monkeypatch, product):
+    """Each is checked in a process of its own first; one that is wrong there has a row that says so."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off in a process with a GPU")
+    monkeypatch.setattr(
+        tiles, "GRIDS", {kind: dict(list(grid.items())[:1]) for kind, grid in tiles.GRIDS.items()}
+    )
+    shape = Shape(5, 24, 17, 3)
+    found = {}
+
+    def wrong_candidates(*arguments):
+        share = tiles.check_share(*arguments, 0, 1)
+        assert share == {}
+        name = list(tiles._share(*arguments, 0, 1))[-1]
+        found[name] = "error: it broke"
+        return found
+
+    monkeypatch.setattr(tiles, "wrong_candidates", wrong_candidates)
+    rows = tiles.measure_tiles(product, shape, replace(PLAN, section="tiles")).rows
+    assert {row.mode for row in rows} == {product}
+    statuses = {row.provider: row.status for row in rows}
+    assert {name: status for name, status in statuses.items() if status != "ok"} == found
+    assert len(statuses) > 2
+    assert all(row.ratio > 0 for row in rows if row.status == "ok")
+    table = tiles.tile_table(rows)
+    assert f"{product} M5-N24-K17-R3 float32, cpu timer: {len(statuses) - 2} timed, 1 failed" in table
+    assert table.splitlines()[2].split()[3] == "triton"
+
+
+def test_tile_candidates_are_checked_by_other_processes(monkeypatch):
+    """A share that breaks its process costs its candidates, and the next product gets new processes."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off in a process with a GPU")
+    monkeypatch.setattr(tiles, "MOST_WORKERS", 2)
+    monkeypatch.setattr(tiles.os, "cpu_count", lambda: 3)
+    tiles._pool.cache_clear()
+    shape = Shape(5, 24, 17, 3)
+    try:
+        assert tiles.wrong_candidates("h", shape, PLAN) == {}
+        workers, first = tiles._pool()
+        monkeypatch.setattr(tiles, "check_share", os.kill)  # takes no such arguments, and raises
+        wrong = tiles.wrong_candidates("h", shape, PLAN)
+        assert wrong.keys() == {
+            name for part in (0, 1) for name in tiles._share("h", shape, PLAN, part, workers)
+        }
+        assert {status.split(": ")[2] for status in wrong.values()} == {"TypeError"}
+        assert tiles._pool()[1] is not first
+    finally:
+        tiles._pool()[1].shutdown()
+        tiles._pool.cache_clear()
 
 
 # --- Timing ---
@@ -665,7 +738,17 @@ def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
     rows, stamp = results.read_csv(out / "gpu.csv")
     assert torch.__version__ in stamp
     sections = {row.section for row in rows}
-    assert sections == {"mainloop", "training", "decode", "host", "dropout", "group", "model", "hopper"}
+    assert sections == {
+        "mainloop",
+        "training",
+        "decode",
+        "host",
+        "dropout",
+        "group",
+        "model",
+        "tiles",
+        "hopper",
+    }
     assert {row.mode for row in rows if row.section == "training"} == set(gpu.TRAINING)
     assert {row.mode for row in rows if row.section == "mainloop"} == set(gpu.PRODUCTS)
     assert {row.mode for row in rows if row.section == "group"} == {*gpu.TRAINING, "inference"}
@@ -683,6 +766,8 @@ def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
     assert printed.index("correctness: pytest") < printed.index("training M33-N40-K48-R4")
     assert "geometric mean" in printed
     assert "tokens/s" in printed
+    assert "h M5-N24-K17-R3 float32, cpu timer: 3 timed, 0 failed" in printed
+    assert "block_m" not in printed.split("geometric mean")[1].split("tile shapes")[0]
 
     # The same source again: shown already, only what is asked for, after the rows that are there.
     (out / "tests.log").unlink()
@@ -738,10 +823,15 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
 
     monkeypatch.setattr(gpu, "measure", noted)
     monkeypatch.setattr(gpu, "measure_products", lambda shape, plan: None)
+    swept = []
+    monkeypatch.setattr(
+        tiles, "measure_tiles", lambda product, shape, plan: swept.append((product, plan.timers))
+    )
     target = gpu.Target(torch.device("cuda"), torch.bfloat16, ("graph", "eager"), dry=False, seconds=0.8)
     monkeypatch.setattr(gpu, "run_tests", lambda *_: "no end")
     work = gpu.units(set(gpu.SECTIONS), tables.select(None), target, Path("unused"))
     assert [unit.name.split()[0] for unit in work[-5:]] == ["hopper"] * 5
+    assert {unit.name.split()[0] for unit in work[-5 - len(tiles.work()) : -5]} == {"tiles"}
     hopper = work[-1].run().rows
     assert {(row.mode, row.provider, row.status) for row in hopper} == {
         (mode, "hopper", "check failed: no end") for mode in ("y", "dx")
@@ -749,6 +839,7 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
     assert len({unit.name for unit in work}) == len(work)
     for unit in work:
         unit.run()
+    assert swept == [(product, ("graph",)) for product, _ in tiles.work()]
     order = list(dict.fromkeys(section for section, *_ in measured))
     assert order == ["training", "decode", "host", "dropout", "group", "model"]
     end_of_model = max(i for i, (section, *_) in enumerate(measured) if section == "model")

@@ -1,0 +1,228 @@
+"""Tile shapes of the kernels beside the shipped ones: what fastlora/kernels/configs.py should select.
+
+The candidates of a product are first compiled and checked by processes beside this one, which share Triton's
+cache with it: one that breaks the GPU costs its share, and compiling takes a fraction of its time. Those that
+are right are then timed in turns with the shipped shape and the BLAS call.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import source_tree
+
+source_tree.install()  # a worker process starts here
+
+import torch  # noqa: E402
+from measure import Measurement, Plan, base_row, one_line  # noqa: E402
+from primitives import FLOOR, TRITON, failures, measure_products, products  # noqa: E402
+from problem import make_problem  # noqa: E402
+from results import OK, Row  # noqa: E402
+from shapes import Shape  # noqa: E402
+
+from fastlora import planner  # noqa: E402
+from fastlora.kernels import configs  # noqa: E402
+
+# What is tried of each kernel; the other fields stay as they are shipped.
+GRIDS: dict[type, dict[str, tuple[int, ...]]] = {
+    configs.ProjectConfig: {
+        "block_m": (16, 32, 64, 128),
+        "block_d": (64, 128, 256),
+        "num_warps": (4, 8),
+        "num_stages": (3, 4, 5),
+    },
+    configs.TokenSumConfig: {
+        "block_d": (64, 128),
+        "block_m": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    configs.GemmConfig: {
+        "block_m": (64, 128, 256),
+        "block_e": (128, 256),
+        "block_d": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    configs.SmallConfig: {
+        "block_n": (16, 32, 64),
+        "block_k": (64, 128, 256),
+        "num_warps": (2, 4, 8),
+        "num_stages": (3, 4, 5, 6),
+    },
+    configs.BackwardConfig: {
+        "block_m": (16, 32, 64),
+        "step_n": (64, 128),
+        "step_m": (32, 64),
+        "block_n": (64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (3, 4),
+    },
+}
+# Programs a multiprocessor, or rows of a region, against the shipped number.
+FACTORS = {configs.TokenSumConfig: ("splits", (0.5, 1, 2)), configs.BackwardConfig: ("rows", (0.5, 1, 2))}
+# fp32 sums a thread may hold: more spill.
+MOST_SUMS = 128
+# Processes that compile and check, and lines of a table.
+MOST_WORKERS, FASTEST = 14, 3
+
+
+def work() -> list[tuple[str, Shape]]:
+    """(product, shape) of everything that is swept on a GPU, the most telling first."""
+    square = [(M, 4096, 4096) for M in (8192, 4096)]
+    found = []
+    for R in (16, 64, 128):
+        found += [(name, Shape(*sizes, R)) for sizes in square for name in ("h", "dA", "g", "dB")]
+        found += [("g+dA", Shape(8192, 4096, 4096, R)), ("dx", Shape(4096, 4096, 4096, R))]
+        found += [("y", Shape(4096, 4096, 4096, R)), ("h", Shape(4096, 4096, 14336, R))]
+        found += [
+            ("forward", Shape(M, N, 4096, R)) for M, N in ((1, 4096), (16, 4096), (1, 14336), (1, 1024))
+        ]
+    return found
+
+
+def text(config: configs.Config) -> str:
+    return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+
+
+def candidates(shipped: configs.Config, capability: int) -> dict[str, configs.Config]:
+    """The shipped configuration, whose name begins with ``triton``, and those around it that fit, by name."""
+    kind = type(shipped)
+    grid = {name: values for name, values in GRIDS[kind].items() if name != "block_r"}
+    if kind in FACTORS:
+        name, factors = FACTORS[kind]
+        step = 64 if name == "rows" else 1
+        grid[name] = tuple(
+            dict.fromkeys(max(1, int(getattr(shipped, name) * f) // step) * step for f in factors)
+        )
+    found = {f"{TRITON} {text(shipped)}": shipped}
+    for values in itertools.product(*grid.values()):
+        config = dataclasses.replace(shipped, **dict(zip(grid, values, strict=True)))
+        if config != shipped and configs.fits(config, capability, 2) and _sums(config) <= MOST_SUMS:
+            found[text(config)] = config
+    return found
+
+
+def _sums(config: configs.Config) -> int:
+    """fp32 sums of a thread."""
+    elements = {
+        configs.ProjectConfig: lambda c: c.block_m * c.block_r,
+        configs.TokenSumConfig: lambda c: c.block_d * c.block_r,
+        configs.GemmConfig: lambda c: c.block_m * c.block_e,
+        configs.SmallConfig: lambda c: c.block_m * (c.block_n + c.block_r),
+        configs.BackwardConfig: lambda c: max(c.block_m, c.block_n) * c.block_r,
+    }[type(config)]
+    return elements(config) // (32 * config.num_warps)
+
+
+def measure_tiles(
+    product: str, shape: Shape, plan: Plan, most: int | None = None, beside: bool = True
+) -> Measurement:
+    """Rows of one product at one shape: each candidate's name as provider, beside the BLAS call.
+
+    ``most``: candidates to try, all if None; the shipped one is the first. ``beside``: have them checked by
+    other processes first.
+    """
+    capability = planner.describe(plan.device).capability or configs.MIN_CAPABILITY
+    wrong: dict[str, str] = {}
+
+    def tiles(name: str, shipped: configs.Config) -> Mapping[str, configs.Config]:
+        if name != product:
+            return {}
+        named = itertools.islice(candidates(shipped, capability).items(), most)
+        return {key: config for key, config in named if key not in wrong}
+
+    if beside:
+        wrong.update(wrong_candidates(product, shape, plan))
+    measurement = measure_products(shape, dataclasses.replace(plan, modes=(product,)), tiles)
+    base = dataclasses.replace(base_row(shape, plan), mode=product)
+    measurement.rows += [
+        dataclasses.replace(base, timer=timer, provider=name, status=status)
+        for name, status in wrong.items()
+        for timer in plan.timers
+    ]
+    return measurement
+
+
+@functools.cache
+def _pool() -> tuple[int, concurrent.futures.ProcessPoolExecutor]:
+    """The number of workers, and they; they live on, as starting one takes longer than most shares."""
+    workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 1))
+    context = multiprocessing.get_context("spawn")
+    return workers, concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+
+
+def wrong_candidates(product: str, shape: Shape, plan: Plan) -> dict[str, str]:
+    """What is wrong with each candidate that is not right, found by processes of their own."""
+    workers, pool = _pool()
+    shares = [pool.submit(check_share, product, shape, plan, part, workers) for part in range(workers)]
+    wrong, broken = {}, False
+    for part, share in enumerate(shares):
+        try:
+            wrong |= share.result()
+        except Exception as failure:
+            names = _share(product, shape, plan, part, workers)
+            wrong |= dict.fromkeys(names, f"error: in one share with others: {one_line(failure)}")
+            broken = True
+    if broken:  # no later share may meet that process
+        pool.shutdown(cancel_futures=True)
+        _pool.cache_clear()
+    return wrong
+
+
+def _share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -> dict[str, configs.Config]:
+    """Every ``parts``-th candidate, from ``part`` on."""
+    device = planner.describe(plan.device)
+    problem = planner.Problem(device, plan.dtype, shape.M, shape.N, shape.K, shape.R)
+    if product == "forward":
+        shipped = planner.small_config(problem)
+    elif product == "g+dA":
+        shipped = planner.backward_config(problem)
+    else:
+        shipped = planner.kernel_step(problem, product).config
+    if shipped is None:
+        return {}
+    named = candidates(shipped, device.capability or configs.MIN_CAPABILITY)
+    return dict(itertools.islice(named.items(), part, None, parts))
+
+
+def check_share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -> dict[str, str]:
+    """What is wrong with the candidates of one share. Raises what an unusable GPU makes PyTorch raise."""
+    share = _share(product, shape, plan, part, parts)
+    problem = make_problem(shape, plan.dtype, plan.device, bias=False)
+    made = products(problem, tiles=lambda name, shipped: share if name == product else {})
+    wrong = failures(made[product](), plan.device)
+    if plan.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return wrong
+
+
+def tile_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
+    """For each product and shape: the shipped configuration and the fastest, as parts of the BLAS call's.
+
+    ``timers``: only these.
+    """
+    blocks: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.section == "tiles" and (timers is None or row.timer in timers):
+            key = row.mode, row.M, row.N, row.K, row.R, row.dtype, row.timer
+            blocks.setdefault(key, []).append(row)
+    lines = ["tile shapes: time over the BLAS call's, the shipped one first"]
+    for (product, M, N, K, R, dtype, timer), block in blocks.items():
+        timed = sorted(
+            (row for row in block if row.ratio is not None and row.provider != FLOOR),
+            key=lambda row: row.ratio,
+        )
+        failed = sum(row.status != OK for row in block)
+        head = f"{product} M{M}-N{N}-K{K}-R{R} {dtype}, {timer} timer"
+        lines.append(f"{head}: {len(timed)} timed, {failed} failed")
+        shipped = [row for row in timed if row.provider.startswith(TRITON)]
+        for row in [*shipped, *(row for row in timed[:FASTEST] if row not in shipped)]:
+            lines.append(f"  {row.ratio:.3f} {row.median_ms * 1e3:8.1f} us  {row.provider}")
+    return "\n".join(lines)
