@@ -1,6 +1,6 @@
 """Options of the pytest benchmarks, and what each of their files leaves: one CSV, one picture, one table.
 
-pytest benchmarks/                                            (a CPU: small shapes, under 4 minutes)
+pytest benchmarks/                                            (a CPU: small shapes, under 6 minutes)
 pytest benchmarks/ --bench-shape 64,768,768,8 --bench-providers peft,fastlora
 pytest benchmarks/bench_model.py --bench-shape 2x128,512,16
 """

@@ -6,18 +6,13 @@ PEFT's ``lora_A.weight`` is our B and its ``lora_B.weight`` our A; its scaling, 
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import math
 import os
 import re
-import shutil
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,10 +20,13 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from fastlora.atomic import replace_files
 from fastlora.function import _any_dtensor, check_dropout
 from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import (
     ALL_LINEAR,
+    DATA_PARALLEL,
+    HIDDEN_NAMES,
     LayerSpec,
     Selector,
     _all_paths,
@@ -43,6 +41,7 @@ from fastlora.surgery import (
     adapted_layers,
     check_adaptable,
     check_enabled,
+    check_not_parallel,
     check_state,
     check_unmerged,
     linear_names,
@@ -55,8 +54,10 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
-# A module that torch.compile wraps has this in its name, which the files leave out.
+# The names of what torch.compile, checkpoint_wrapper and the old FSDP put around a module; the files leave
+# them out.
 _COMPILED = "_orig_mod"
+_WRAPPED = (_COMPILED, *HIDDEN_NAMES)
 
 # What the fields of LoraConfig that say what the adapter computes must be for a plain LoRA linear layer.
 # Of the ways to start training, those named here leave the base weights alone.
@@ -126,9 +127,6 @@ _TASK_HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 _ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME)
-_SCRATCH = ".fastlora-"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -137,10 +135,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     ``PeftModel.from_pretrained(base, directory)`` gives the same outputs. A merged layer's adapter is saved
     like any other. Where layers differ in dropout, which matters in training alone, the most common one is
     written. Interrupted at any point, the directory holds the old adapter or the new one, whole; other files
-    in it are kept. (Where the system cannot swap two directories in one step, as outside Linux, a save that
-    changes the config has a moment in which both adapters lie whole beside the directory.) Where several
-    processes hold the model, let one of them save; but sharded parameters (DTensors, as FSDP2 makes them) are
-    gathered, so there every process has to call, and writes the same.
+    in it are kept. (A save that changes the config has a moment without it where the system cannot swap two
+    directories in one step: outside Linux both adapters then lie whole beside the directory; in one that is a
+    mount point, or whose parent cannot be written, the weights alone are there.) Where several processes hold
+    the model, let one of them save; but sharded parameters (DTensors, as FSDP2 makes them) are gathered, so
+    there every process has to call, and writes the same. What ``torch.compile``, checkpoint wrappers and
+    data-parallel training add to names is left out.
 
     Args:
         model: with at least one adapted layer. directory: made if it does not exist.
@@ -153,6 +153,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         OSError: the files cannot be written; an adapter that was there is left as it was.
     """
     save = _safetensors().save
+    _check_model(model, "save_adapter")
+    model = _unwrapped(model)
     layers = _require_layers(model, "save_adapter")
     if any(_uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("save_adapter: inside disable_adapter the saved modules hold original values")
@@ -160,10 +162,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     own = _file_tensors(model)
     _check_values(own, "save_adapter")
     tensors = {name: _whole(tensor) for name, tensor in own.items()}
-    _replace_adapter(
+    replace_files(
         Path(os.path.realpath(directory)),
-        config=(json.dumps(config, indent=2) + "\n").encode(),
-        weights=save(tensors, metadata={"format": "pt"}),
+        {
+            WEIGHTS_NAME: save(tensors, metadata={"format": "pt"}),
+            CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode(),
+        },
+        stale=(PICKLED_WEIGHTS_NAME,),
     )
 
 
@@ -193,6 +198,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """
     _check_model(model, "load_adapter")
     config, state = _read_adapter(Path(directory))
+    given, model = model, _unwrapped(model)
     check_enabled(model, "load_adapter")
     layers = adapted_layers(model)
     check_unmerged(layers, "load_adapter")
@@ -203,6 +209,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     base = {name: t for name, t in _base_tensors(model, targets, state).items() if name not in own_saved}
     _check_coverage(model, layers, targets, saved)
     new = {path: module for path, module in targets.items() if path not in layers}
+    if new.keys() | (saved.keys() - saved_modules(model).keys()):
+        check_not_parallel(given, "load_adapter")
     check_adaptable(model, new, "load_adapter")
     _check_tensors(config, targets, {**own_saved, **base}, state)
     own = {path: module.weight for path, module in targets.items()}
@@ -218,11 +226,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         if path in resized:
             layer.A, layer.B = resized[path]
         spec = config.layer_spec(path, layer, state)
-        layer.rank, layer.alpha, layer.dropout = spec.rank, spec.alpha, spec.dropout
+        layer.alpha, layer.dropout = spec.alpha, spec.dropout
     with torch.no_grad():
         for name, tensor in {**base, **_file_tensors(model)}.items():
             tensor.copy_(sharded_like(tensor, state[name]))
-    return model
+    return given
 
 
 @dataclass(frozen=True)
@@ -265,7 +273,18 @@ def _first_match(patterns: Mapping[str, float], path: str, default: float) -> fl
 
 
 def _file_path(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part != _COMPILED)
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what compiling and data-parallel training put around it."""
+    while True:
+        if _COMPILED in model._modules:
+            model = model._modules[_COMPILED]
+        elif isinstance(model, DATA_PARALLEL):
+            model = model.module
+        else:
+            return model
 
 
 def _file_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, str, nn.Module]]:
@@ -275,7 +294,7 @@ def _file_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, st
     """
     for path, module in model.named_modules(remove_duplicate=once):
         name = _file_path(path)
-        if name and _COMPILED not in module._modules:
+        if name and not any(wrapped in module._modules for wrapped in _WRAPPED):
             yield path, name, module
 
 
@@ -372,8 +391,9 @@ def _exactly(name: str) -> str:
 
 def _lora_alpha(layer: FusedLoRALinear) -> float:
     """PEFT's lora_alpha, which it divides by the rank again; a whole number where that gives the same."""
-    exact = layer.alpha * layer.rank
-    return round(exact) if round(exact) / layer.rank == layer.alpha else exact
+    alpha = float(layer.alpha)
+    exact = alpha * layer.rank
+    return round(exact) if round(exact) / layer.rank == alpha else exact
 
 
 def _target_modules(own: Iterable[str], names: Iterable[str], saved: Iterable[str]) -> str | list[str]:
@@ -653,176 +673,3 @@ def _empty_adapter(layer: FusedLoRALinear, rank: int) -> tuple[nn.Parameter, nn.
     A = nn.Parameter(layer.A.new_empty(layer.out_features, rank), layer.A.requires_grad)
     B = nn.Parameter(layer.B.new_empty(rank, layer.in_features), layer.B.requires_grad)
     return A, B
-
-
-def _replace_adapter(directory: Path, config: bytes, weights: bytes) -> None:
-    """Put a new adapter into a directory so that at every moment it holds the old one or the new one, whole.
-
-    A directory without a config holds no adapter, so the config may come last. If the config stays the same,
-    as in a training run that saves again and again, replacing the weights replaces the adapter. These are
-    renames of finished files. Otherwise two files have to change at once: a new directory is filled, with
-    hard links to what else is in the old one, and takes its place in one step.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    old = directory / CONFIG_NAME
-    with _one_at_a_time(directory) as alone:
-        if alone:
-            _remove_scratch(directory)
-        same = old.exists() and old.read_bytes() == config
-        if old.exists() and not same:
-            _replace_directory(directory, config, weights)
-            return
-        _replace_file(directory / WEIGHTS_NAME, weights)
-        if not same:
-            _replace_file(old, config)
-
-
-@contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[bool]:
-    """Make processes that save here take turns; False where the system has no such locks.
-
-    The lock is on the parent, because the directory itself may be replaced.
-    """
-    try:
-        descriptor = os.open(directory.parent, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        yield _lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-def _scratch(parent: Path) -> Path:
-    return parent / f"{_SCRATCH}{uuid.uuid4().hex}"
-
-
-def _remove_scratch(directory: Path) -> None:
-    """Remove what interrupted savers left: files in the directory, directories beside it."""
-    for path in directory.glob(f"{_SCRATCH}*"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
-    for path in directory.parent.glob(f"{_SCRATCH}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _replace_file(target: Path, contents: bytes) -> None:
-    scratch = _scratch(target.parent)
-    try:
-        _write(scratch, contents)
-        os.replace(scratch, target)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    _sync(target.parent)
-
-
-def _write(path: Path, contents: bytes) -> None:
-    """A file that is on the disk when this returns."""
-    path.write_bytes(contents)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's contents, or a directory's names, are on the disk."""
-    if os.name != "posix" and path.is_dir():
-        return  # Windows cannot open directories.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace_directory(directory: Path, config: bytes, weights: bytes) -> None:
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
-    cwd = _cwd_inside(directory)
-    scratch = old = _scratch(directory.parent)
-    os.mkdir(scratch)
-    try:
-        _write(scratch / WEIGHTS_NAME, weights)
-        _write(scratch / CONFIG_NAME, config)
-        _carry_over(directory, scratch)
-        old = _exchange(scratch, directory)
-        if cwd:
-            os.chdir(cwd)
-        _carry_over(old, directory)  # What others have put there since.
-        _sync(directory.parent)
-    finally:
-        for path in (scratch, old):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _cwd_inside(directory: Path) -> Path | None:
-    """The working directory if it is this one or below it."""
-    try:
-        cwd = Path.cwd()
-    except FileNotFoundError:
-        return None
-    return cwd if cwd == directory or directory in cwd.parents else None
-
-
-def _carry_over(source: Path, target: Path, top: bool = True) -> None:
-    """Give a tree's files, but those of adapters, the same names in another, where these are free."""
-    for entry in os.scandir(source):
-        name = target / entry.name
-        if top and (entry.name in _ADAPTER_FILES or entry.name.startswith(_SCRATCH)):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            name.mkdir(exist_ok=True)
-            _carry_over(Path(entry.path), name, top=False)
-        elif not os.path.lexists(name):
-            _link(entry.path, name)
-    shutil.copystat(source, target)
-    _sync(target)
-
-
-def _link(source: str, target: Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except FileNotFoundError:
-        pass  # Somebody has removed it since.
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _exchange(scratch: Path, directory: Path) -> Path:
-    """Give a new directory the old one's name in one step; where the system cannot, in two renames.
-
-    Between those two the directory is missing, and both adapters lie whole beside it.
-
-    Returns:
-        The old one's new name.
-    """
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        code = errno.ENOSYS
-    else:
-        failed = renameat2(_AT_FDCWD, bytes(scratch), _AT_FDCWD, bytes(directory), _RENAME_EXCHANGE)
-        code = ctypes.get_errno() if failed else 0
-    if code == 0:
-        return scratch
-    if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        raise OSError(code, os.strerror(code), str(directory))
-    aside = directory.with_name(f"{directory.name}.old-{uuid.uuid4().hex}")
-    os.rename(directory, aside)
-    try:
-        os.rename(scratch, directory)
-    except BaseException:
-        os.rename(aside, directory)
-        raise
-    return aside

@@ -7,6 +7,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
 from fastlora import ops, reference
@@ -180,10 +181,13 @@ def _is_regular(
 def needs_plain_operations() -> bool:
     """Whether PyTorch's own operations have to run, for what looks into them.
 
-    torch.func.grad, vmap and their like differentiate and batch them, torch.jit.trace records them.
+    torch.func.grad, vmap and their like differentiate and batch them, forward-mode derivatives follow them,
+    torch.jit.trace records them.
     """
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -198,6 +202,11 @@ def check_arguments(
     seed: Tensor | None,
 ) -> None:
     """Raise ValueError (TypeError for things that are no tensors or numbers) unless the layer is defined."""
+    try:
+        if _is_regular(x, weight, A, B, alpha, bias, dropout, seed):
+            return
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        pass  # unusual or wrong
     for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias), ("seed", seed)):
         if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "seed")):
             raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
@@ -300,12 +309,7 @@ def lora_linear(
     """
     if isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.requires_grad:
         alpha = float(alpha)
-    try:
-        regular = _is_regular(x, weight, A, B, alpha, bias, dropout, seed)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        regular = False
-    if not regular:  # unusual or wrong
-        check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
+    check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
     return compute(x, weight, A, B, float(alpha), bias, float(dropout), seed)
 
 
@@ -325,6 +329,8 @@ def compute(
         # Casting here, outside the function, gives every gradient its tensor's own dtype.
         x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+        if seed is not None and seed.is_floating_point():
+            seed = seed.to(dtype)  # the mask itself, see ops.few_mask
     types = {type(x), type(weight), type(A), type(B)}
     if not types <= _PLAIN and _any_dtensor(x, weight, A, B):
         # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.

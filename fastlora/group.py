@@ -19,7 +19,6 @@ from fastlora.function import (
     _PLAIN,
     _any_dtensor,
     _autocast_on,
-    _is_regular,
     _shared_seed,
     check_arguments,
     compute_dtype,
@@ -31,6 +30,9 @@ from fastlora.planner import current_mode
 
 # Children of one parent that are called with the same tensor.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+# The key of a parent's hooks, one for all: compiled code is guarded on the keys, and would be compiled anew
+# for each of a model's blocks. PyTorch's own keys count up from 0.
+_HOOK_KEY = -1
 
 
 class _LoRALinearGroup(torch.autograd.Function):
@@ -132,11 +134,6 @@ def _check_branches(
 ) -> None:
     """The errors of ``lora_linear``, with the branch's number."""
     for i, (weight, A, B, alpha, bias) in enumerate(zip(weights, As, Bs, alphas, biases, strict=True)):
-        try:
-            if _is_regular(x, weight, A, B, alpha, bias, dropout, seed):
-                continue
-        except (AttributeError, IndexError, TypeError, ValueError):
-            pass
         try:
             check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
         except (TypeError, ValueError) as error:
@@ -382,6 +379,8 @@ class _Siblings:
             call = getattr(value, "_fastlora_call", None) if isinstance(value, Tensor) else None
             if call is None or call.owner is not self:
                 continue
+            if not torch.compiler.is_compiling():
+                del value._fastlora_call  # The parent may have returned it.
             left = [layer for layer, _, _ in call.waiting]
             if call.close() and result is not None and _may_learn():
                 for names in self.groups:
@@ -472,7 +471,21 @@ def group_projections(model: nn.Module) -> nn.Module:
         siblings = _Siblings(groups)
         module.register_forward_pre_hook(siblings.before, with_kwargs=True)
         module.register_forward_hook(siblings.after, with_kwargs=True, always_call=True)
+        for hooks, *marks in _hooks_of(module):
+            for key in [k for k, hook in hooks.items() if _is_ours(hook, siblings)]:
+                for kept in (hooks, *marks):
+                    kept[_HOOK_KEY] = kept.pop(key)
     return model
+
+
+def _hooks_of(module: nn.Module) -> Iterator[tuple[dict, ...]]:
+    """A module's hooks by their keys, and what PyTorch notes of each under the same key."""
+    yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    yield module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
+
+
+def _is_ours(hook: object, siblings: _Siblings) -> bool:
+    return getattr(hook, "__self__", None) is siblings
 
 
 def ungroup_projections(model: nn.Module) -> nn.Module:
@@ -486,11 +499,8 @@ def ungroup_projections(model: nn.Module) -> nn.Module:
     """
     _check_module(model, "ungroup_projections")
     for _, module, siblings in list(_hooked_parents(model)):
-        for hooks, *marks in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-        ):
-            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is siblings]:
+        for hooks, *marks in _hooks_of(module):
+            for key in [k for k, hook in hooks.items() if _is_ours(hook, siblings)]:
                 del hooks[key]
                 for mark in marks:
                     mark.pop(key, None)

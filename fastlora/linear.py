@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlora.function import _autocast_on, check_dropout, lora_linear
 
-_OWN_ATTRIBUTES = ("rank", "alpha", "dropout", "adapter_enabled", "_merged_alpha", "_weight_shared_with")
+_OWN_ATTRIBUTES = ("alpha", "dropout", "adapter_enabled", "_merged_alpha", "_weight_shared_with")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOK_DICTS = (
     "_forward_hooks",
@@ -51,7 +51,7 @@ def _copy_attributes(source: nn.Module, target: nn.Module) -> None:
 
 
 def _check_rank(rank: int) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
         raise TypeError(f"rank must be an integer, got {rank!r}")
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -90,8 +90,8 @@ class FusedLoRALinear(nn.Linear):
 
     Parameters: ``weight`` (out_features, in_features) and ``bias`` (out_features,) as in ``nn.Linear``, ``A``
     (out_features, rank), zero at start, and ``B`` (rank, in_features), kaiming-uniform. ``alpha`` is the
-    plain multiplier, PEFT's ``lora_alpha / r``; it and ``dropout`` may be changed at any time. Dropout acts
-    in training mode only.
+    plain multiplier, PEFT's ``lora_alpha / r``; it and ``dropout`` may be changed at any time. ``rank`` is
+    that of ``A`` and ``B``. Dropout acts in training mode only.
 
     Args:
         in_features: K. out_features: N. rank: R, at least 1.
@@ -129,7 +129,6 @@ class FusedLoRALinear(nn.Linear):
         self, rank: int, alpha: float, dropout: float, adapter_dtype: torch.dtype | None
     ) -> None:
         """Freeze weight and bias and create the adapter beside them, on weight's device."""
-        self.rank = rank
         self.alpha = float(alpha)
         self.dropout = float(dropout)
         self.adapter_enabled = True
@@ -140,8 +139,8 @@ class FusedLoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         options = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
-        self.A = nn.Parameter(torch.empty(self.out_features, rank, **options))
-        self.B = nn.Parameter(torch.empty(rank, self.in_features, **options))
+        self.A = nn.Parameter(torch.empty(self.out_features, int(rank), **options))
+        self.B = nn.Parameter(torch.empty(int(rank), self.in_features, **options))
         self.reset_lora_parameters()
         self.register_forward_pre_hook(_keep_fast_path_off)
 
@@ -161,8 +160,8 @@ class FusedLoRALinear(nn.Linear):
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear`` (a subclass may compute something else, or
                 its parent may never call it, as with ``MultiheadAttention.out_proj``).
-            ValueError: a replaced ``forward``, a weight that is computed from other tensors or is no
-                floating-point one, or arguments that the constructor refuses.
+            ValueError: it has an adapter already; a replaced ``forward``, a weight that is computed from
+                other tensors or is no floating-point one, or arguments that the constructor refuses.
         """
         if isinstance(linear, FusedLoRALinear):
             raise ValueError(f"from_linear: the layer has an adapter already: {linear}")
@@ -220,7 +219,8 @@ class FusedLoRALinear(nn.Linear):
         """
         if not self.adapter_enabled or self._merged_alpha is not None:
             return F.linear(input, self.weight, self.bias)
-        call = getattr(input, "_fastlora_call", None)  # see fastlora.group
+        # See fastlora.group; torch.fx's stand-in for a tensor has any attribute.
+        call = getattr(input, "_fastlora_call", None) if isinstance(input, Tensor) else None
         if call is not None:
             y = call.output_of(self, input)
             if y is not None:
@@ -244,12 +244,14 @@ class FusedLoRALinear(nn.Linear):
         ):
             return "hooks or a replaced forward on a projection"
         tensors = (self.weight, self.bias, self.A, self.B)
-        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors if tensor is not None):
-            return "sharded or otherwise special parameters"
         if self.weight.requires_grad:
             return "a base weight that is trained"
-        if x is not None and not self._fits(x):
-            return "another shape, dtype or device"
+        if x is not None:
+            # FSDP2 gathers them for the call.
+            if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors if tensor is not None):
+                return "sharded or otherwise special parameters"
+            if not self._fits(x):
+                return "another shape, dtype or device"
         return *tensors, self.alpha, self.dropout if self.training else 0.0
 
     def _fits(self, x: Tensor) -> bool:
@@ -260,6 +262,11 @@ class FusedLoRALinear(nn.Linear):
             and (x.dtype == self.weight.dtype or _autocast_on(x))
             and self.A.dtype == self.B.dtype
         )
+
+    @property
+    def rank(self) -> int:
+        """R, the rows of B."""
+        return self.B.shape[0]
 
     @property
     def merged(self) -> bool:
@@ -302,11 +309,14 @@ class FusedLoRALinear(nn.Linear):
         that rounding.
 
         Raises:
-            ValueError: another module holds the same weight (tied embeddings), a parametrization computes it,
-                or the sum is not finite; the weight is left as it was.
+            ValueError: another module holds the same weight (tied embeddings), as far as ``apply_lora`` or
+                ``load_adapter`` saw (``from_linear`` sees no model); a parametrization computes it; the sum
+                is not finite; inside ``disable_adapter``. The weight is left as it was.
         """
         if self.merged:
             return
+        if not self.adapter_enabled:
+            raise ValueError("merge: the adapter is disabled; leave disable_adapter first")
         if self._weight_shared_with:
             raise ValueError(
                 f"merge: the weight {tuple(self.weight.shape)} is shared with "
@@ -314,7 +324,7 @@ class FusedLoRALinear(nn.Linear):
             )
         self._check_plain_weight("merge")
         self.weight.copy_(self._merged_weight("merge"))
-        self._merged_alpha = self.alpha
+        self._merged_alpha = float(self.alpha)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -337,11 +347,14 @@ class FusedLoRALinear(nn.Linear):
 
         Its weight is new (a merged layer's is shared), its bias shared, its training mode, hooks and extra
         attributes this layer's.
+
+        Raises:
+            ValueError: the weight with the update is not finite.
         """
         weight = (
             self.weight
             if self.merged
-            else nn.Parameter(self._updated_weight(self.alpha), requires_grad=False)
+            else nn.Parameter(self._merged_weight("to_linear"), requires_grad=False)
         )
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = weight, self.bias

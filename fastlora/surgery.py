@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ _HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "head")
 # Their CUDA kernels take out_proj.weight and never call the layer; PEFT refuses the same models.
 _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _ORIGINAL = "_original_"
+# The names of modules that state_dict leaves out: what checkpoint_wrapper and the old FSDP put around one.
+HIDDEN_NAMES = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_ALPHA = "alpha"
 _SUMMARY_TOKENS = 4096
 _SHOWN = 12
 
@@ -158,7 +163,8 @@ def apply_lora(
     Raises:
         ValueError: nothing matched, or one of the names matched nothing; a target that is not exactly an
             ``nn.Linear``, has an adapter already or is a module to save; the model itself is the layer; a
-            rank below 1, a dropout outside [0, 1]. The model is left as it was.
+            rank below 1, a dropout outside [0, 1]; in DistributedDataParallel, which would not see the new
+            parameters. The model is left as it was.
         TypeError: ``model`` is no module, a name is no string, a rank, alpha or dropout is no number.
     """
     _check_model(model, "apply_lora")
@@ -168,6 +174,7 @@ def apply_lora(
     if adapter_dtype is not None:
         _check_adapter_dtype(adapter_dtype)
     check_enabled(model, "apply_lora")
+    check_not_parallel(model, "apply_lora")
     saved = _find_saved(model, _names(modules_to_save, "modules_to_save"))
     targets = _find_targets(model, target_modules, saved)
     prepare(model, dict.fromkeys(targets, LayerSpec(rank, alpha, dropout, adapter_dtype)), saved)
@@ -187,6 +194,16 @@ def check_enabled(model: nn.Module, function: str) -> None:
         raise ValueError(
             f"{function}: adapters are disabled in {_listing(disabled)}; leave disable_adapter first"
         )
+
+
+def check_not_parallel(model: nn.Module, function: str) -> None:
+    """ValueError in DistributedDataParallel, which would not average the gradients of new parameters."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{function}: {path or 'the model'} is a DistributedDataParallel, which knows only the "
+                "parameters that it was made with: adapt the model first, then wrap it"
+            )
 
 
 def check_unmerged(layers: Mapping[str, FusedLoRALinear], function: str) -> None:
@@ -599,6 +616,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
     The update is added to the weights in place, without copying them; hooks, training modes and names stay,
     and saved modules keep what they learned. Afterwards nothing of fastlora is left in the model.
 
+    Args:
+        model: with at least one adapted layer.
+
     Returns:
         ``model``.
 
@@ -606,6 +626,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         ValueError: no adapted layer, or the model itself is one (use its ``to_linear``); a weight that
             another module holds too (tied embeddings) or that a parametrization computes; an update that is
             not finite; a model that FSDP2 shards; inside ``disable_adapter``. The model is left as it was.
+        TypeError: ``model`` is no module.
     """
     layers = _require_layers(model, "merge_lora")
     if isinstance(model, FusedLoRALinear):
@@ -659,7 +680,9 @@ def _require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinea
     _check_model(model, function)
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError(f"{function}: the model has no adapted layer; apply_lora makes them")
+        of_peft = any(type(m).__module__.startswith("peft.") for m in model.modules())
+        hint = "PEFT's own methods do this for its models" if of_peft else "apply_lora makes them"
+        raise ValueError(f"{function}: the model has no adapted layer; {hint}")
     return layers
 
 
@@ -669,12 +692,20 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     For the reference model of DPO and the like. Blocks nest and overlap, also those of several threads: the
     model is the frozen one until the last of them ends. The parameters' values are not written, so that
-    autograd graphs from outside stay valid; of a merged layer, the unmerged weight is held inside the block
-    (the original up to rounding).
+    autograd graphs from outside stay valid, but what a checkpoint recomputes inside the block it recomputes
+    of the frozen model; call ``backward`` outside. A copy of the model made inside stays the frozen one. Of a
+    merged layer, the unmerged weight is held inside the block (the original up to rounding).
+
+    Args:
+        model: with at least one adapted layer (a PEFT model has a ``disable_adapter`` of its own).
+
+    Returns:
+        A context manager that gives ``model``.
 
     Raises:
         ValueError: on entry, if the model has no adapted layer, or a saved module was on the meta device
             when it was marked, so that its original values are unknown.
+        TypeError: on entry, if ``model`` is no module.
     """
     layers = _require_layers(model, "disable_adapter")
     roots = saved_modules(model)
@@ -706,7 +737,11 @@ def _changed(module: nn.Module, change: Callable[[nn.Module, ExitStack], None]) 
     with _changes_lock:
         undo, blocks = _changes.get(module, (ExitStack(), 0))
         if not blocks:
-            change(module, undo)
+            try:
+                change(module, undo)
+            except BaseException:
+                undo.close()
+                raise
         _changes[module] = undo, blocks + 1
     try:
         yield
@@ -761,6 +796,11 @@ def _use_original(root: nn.Module, undo: ExitStack) -> None:
                 _set(module, name, original.clone(), undo)
 
 
+def _public(path: str) -> str:
+    """The name that ``state_dict`` has for the module or tensor that ``named_modules`` calls ``path``."""
+    return ".".join(part for part in path.split(".") if part not in HIDDEN_NAMES)
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """state_dict names of adapters and saved modules -> the model's own tensors."""
     tensors: dict[str, Tensor] = {}
@@ -769,26 +809,43 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for path, root in saved_modules(model).items():
         for inner, module in root.named_modules(prefix=path):
             tensors.update((_join(inner, name), tensor) for name, tensor in _saved_tensors(module))
-    return tensors
+    return {_public(name): tensor for name, tensor in tensors.items()}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of what training changes: A and B of every adapted layer, and the modules to save.
 
-    The names are those of ``model.state_dict()``. ``alpha`` and ``dropout`` are not part of it, so adapters
-    that are switched by :func:`load_adapter_state_dict` share them; :func:`fastlora.load_adapter` sets them.
+    The names are those of ``model.state_dict()``. As there, what is no tensor travels in the dictionary's
+    attribute ``_metadata``: each layer's ``alpha``, which copying, pickling and ``torch.save`` keep and a new
+    dictionary of the same tensors lacks. ``dropout``, which matters in training alone, is not part of it.
+
+    Args:
+        model: with at least one adapted layer.
+
+    Returns:
+        A dictionary: ``A`` (out_features, rank) and ``B`` (rank, in_features) of each layer and the tensors
+        of the modules to save, by name, on their devices and in their dtypes.
 
     Raises:
         ValueError: no adapted layer, or inside ``disable_adapter`` of a model with saved modules.
+        TypeError: ``model`` is no module.
     """
-    _require_layers(model, "adapter_state_dict")
+    layers = _require_layers(model, "adapter_state_dict")
     if any(_uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("adapter_state_dict: inside disable_adapter the saved modules hold original values")
-    return {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
+    state = OrderedDict((name, t.detach().clone()) for name, t in adapter_tensors(model).items())
+    state._metadata = {_public(path): {_ALPHA: float(layer.alpha)} for path, layer in layers.items()}
+    return state
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Copy what :func:`adapter_state_dict` returned into the model's own tensors, so that optimizers go on.
+
+    Each layer's ``alpha`` becomes that of the state, where its ``_metadata`` has one.
+
+    Args:
+        model: with the adapted layers and saved modules that the state names, of the same shapes.
+        state: tensors of any device and real dtype.
 
     Returns:
         ``model``.
@@ -796,7 +853,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     Raises:
         ValueError: names missing or unexpected, tensors of another shape or without values (on the meta
             device, there or in the model), a merged layer, inside ``disable_adapter``. Nothing is copied.
-        TypeError: ``state`` is no mapping.
+        TypeError: ``model`` is no module, or ``state`` is no mapping.
     """
     layers = _require_layers(model, "load_adapter_state_dict")
     if not isinstance(state, Mapping):
@@ -811,6 +868,9 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(sharded_like(tensor, state[name]))
+    metadata = getattr(state, "_metadata", None) or {}
+    for path, layer in layers.items():
+        layer.alpha = metadata.get(_public(path), {}).get(_ALPHA, layer.alpha)
     return model
 
 
@@ -858,6 +918,15 @@ def summary(model: nn.Module) -> str:
     After ``group_projections`` a line for each kind of group tells whether it runs as one, or why not.
     A model of PEFT's ends with ``fused n, fell back m: reasons``, a reason being that of the layer's state or
     of its last call.
+
+    Args:
+        model: any module; one without adapters has the parameter counts alone.
+
+    Returns:
+        The table, lines of text.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
     _check_model(model, "summary")
     groups: dict[tuple[str, str, str], list[str]] = {}

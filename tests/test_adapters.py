@@ -20,7 +20,7 @@ from cases import bits_equal, dtype_id
 from torch import nn
 
 import fastlora
-from fastlora import adapters
+from fastlora import adapters, atomic
 from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import adapted_layers, saved_modules
 
@@ -1004,6 +1004,43 @@ class TestLoading:
         torch.testing.assert_close(outputs(wrapper), expected)
         assert_same_adapter(target, PeftModel.from_pretrained(make("net"), tmp_path))
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("wrapper", ["DataParallel", "DistributedDataParallel"])
+    def test_data_parallel_models(self, wrapper, compiled, tmp_path, one_process):
+        """The files have the model's own names; new adapters that the wrapper would not train are refused."""
+        model = adapter(1)
+        wrapped = getattr(nn.parallel, wrapper)(model)
+        fastlora.save_adapter(torch.compile(wrapped) if compiled else wrapped, tmp_path)
+        assert same_outputs(PeftModel.from_pretrained(make("net"), tmp_path), model)
+        other = getattr(nn.parallel, wrapper)(adapter(2))
+        assert fastlora.load_adapter(other, tmp_path) is other
+        assert same_outputs(other.module, model)
+        plain = getattr(nn.parallel, wrapper)(make("net"))
+        if wrapper == "DistributedDataParallel":
+            for change in (
+                lambda: fastlora.load_adapter(plain, tmp_path),
+                lambda: fastlora.apply_lora(plain, ["up"]),
+            ):
+                with pytest.raises(ValueError, match="adapt the model first, then wrap it"):
+                    change()
+            assert not adapted_layers(plain)
+        else:
+            assert same_outputs(fastlora.load_adapter(plain, tmp_path).module, model)
+
+    def test_models_behind_checkpoint_wrappers(self, tmp_path):
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        model = adapter(1)
+        wanted = outputs(model)
+        model.blocks[0]["up"] = checkpoint_wrapper(model.blocks[0]["up"])
+        model.head = checkpoint_wrapper(model.head)
+        fastlora.save_adapter(model, tmp_path)
+        assert not any("wrapped" in name for name in load_file(tmp_path / WEIGHTS))
+        torch.testing.assert_close(outputs(fastlora.load_adapter(make("net"), tmp_path)), wanted)
+        other = make("net")
+        other.blocks[0]["up"] = checkpoint_wrapper(other.blocks[0]["up"])
+        torch.testing.assert_close(outputs(fastlora.load_adapter(other, tmp_path)), wanted)
+
     def test_models_with_compiled_parts(self, tmp_path):
         model = prepared()
         fastlora.save_adapter(model, tmp_path / "a")
@@ -1061,6 +1098,20 @@ class TestLoading:
 # Interrupted saving
 
 
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this PyTorch has no gloo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def same_outputs(a, b):
+    return torch.allclose(outputs(a), outputs(b), rtol=1e-4, atol=1e-5)
+
+
 def adapter(seed, rank=4):
     torch.manual_seed(seed)
     return shake(fastlora.apply_lora(make("net"), ["up", "down"], rank, 2.0))
@@ -1112,8 +1163,8 @@ def in_child(work):
 def visit_points(root, visit):
     """Call ``visit(n)`` at the n-th point after this process first touches ``root``.
 
-    Points are the lines of adapters.py and all of the standard library that Python audits: opening, renaming,
-    linking and removing files.
+    Points are the lines of adapters.py and atomic.py, and all of the standard library that Python audits:
+    opening, renaming, linking and removing files.
     """
     started, visiting, count = False, False, 0
 
@@ -1132,7 +1183,7 @@ def visit_points(root, visit):
             point()
 
     def trace(frame, event, arg):
-        if frame.f_code.co_filename != adapters.__file__:
+        if frame.f_code.co_filename not in (adapters.__file__, atomic.__file__):
             return None
         if event == "line":
             point()
@@ -1224,7 +1275,7 @@ class TestInterruptedSaving:
     @staticmethod
     def assert_clean(directory):
         """No scratch file is left, in the directory or beside it."""
-        assert not [p for p in directory.parent.rglob("*") if adapters._SCRATCH in p.name or ".old" in p.name]
+        assert not [p for p in directory.parent.rglob("*") if ".fastlora-" in p.name or ".old" in p.name]
 
     @pytest.mark.parametrize("scenario", SCENARIOS)
     @pytest.mark.parametrize("kill", [True, False], ids=["killed", "no space"])
@@ -1406,7 +1457,7 @@ class TestTheDirectory:
         directory = tmp_path / "adapter"
         new, _, wanted = prepare_scenario("other config", directory)
         (directory / "vanishing").touch()
-        exchange, link = adapters._exchange, os.link
+        exchange, link = atomic._exchange, os.link
 
         def meanwhile(scratch, target):
             (directory / "runs" / "late").write_text("late")
@@ -1417,7 +1468,7 @@ class TestTheDirectory:
                 os.unlink(source)
             link(source, target, **kwargs)
 
-        monkeypatch.setattr(adapters, "_exchange", meanwhile)
+        monkeypatch.setattr(atomic, "_exchange", meanwhile)
         monkeypatch.setattr(os, "link", vanish)
         fastlora.save_adapter(new, directory)
         assert files(directory) == wanted
@@ -1457,12 +1508,76 @@ class TestTheDirectory:
     def test_what_interrupted_savers_left_is_removed(self, tmp_path):
         directory = tmp_path / "adapter"
         new, _, wanted = prepare_scenario("same config", directory)
-        (directory / f"{adapters._SCRATCH}1").touch()
-        (tmp_path / f"{adapters._SCRATCH}2").mkdir()
-        (tmp_path / f"{adapters._SCRATCH}2" / WEIGHTS).touch()
+        atomic._scratch(directory).touch()
+        folder = atomic._scratch(tmp_path)
+        folder.mkdir()
+        (folder / WEIGHTS).touch()
         fastlora.save_adapter(new, directory)
         assert files(directory) == wanted
-        assert not list(tmp_path.rglob(f"{adapters._SCRATCH}*"))
+        assert not list(tmp_path.rglob(".fastlora-*"))
+
+    @pytest.mark.parametrize("scenario", SCENARIOS[:4])
+    def test_names_that_only_look_like_ours_are_kept(self, scenario, tmp_path):
+        directory = tmp_path / "adapter"
+        new, _, wanted = prepare_scenario(scenario, directory)
+        directory.mkdir(exist_ok=True)
+        own = [tmp_path / ".fastlora-venv" / "bin" / "python", directory / ".fastlora-notes.txt"]
+        own += [tmp_path / ".fastlora-save-old" / "file", directory / ".fastlora-save-mine"]
+        for path in own:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("mine")
+        fastlora.save_adapter(new, directory)
+        assert files(directory) == wanted
+        assert all(path.read_text() == "mine" for path in own)
+
+    @pytest.mark.parametrize("why", ["mount point", "busy", "parent not writable"])
+    @pytest.mark.parametrize("old", ["safetensors", "pickled"])
+    def test_a_directory_that_cannot_be_replaced(self, why, old, tmp_path, monkeypatch):
+        """Then its files are, the config last; a failure before that leaves the old ones."""
+        directory = tmp_path / "adapter"
+        new, before, wanted = prepare_scenario("other config", directory)
+        if old == "pickled":
+            torch.save(load_file(directory / WEIGHTS), directory / PICKLED)
+            (directory / WEIGHTS).unlink()
+        mkdir, replace, calls = os.mkdir, os.replace, []
+
+        def refuse(path, *args, **kwargs):
+            if os.path.dirname(path) == str(tmp_path):
+                raise PermissionError(errno.EACCES, "not writable", str(path))
+            return mkdir(path, *args, **kwargs)
+
+        def busy(scratch, target):
+            raise OSError(errno.EBUSY, "busy", str(target))
+
+        if why == "mount point":
+            monkeypatch.setattr(os.path, "ismount", lambda path: True)
+        elif why == "busy":
+            monkeypatch.setattr(atomic, "_exchange", busy)
+        else:
+            monkeypatch.setattr(os, "mkdir", refuse)
+
+        def failing(source, target):
+            raise OSError(errno.ENOSPC, "full", str(target))
+
+        def noted(source, target):
+            calls.append((os.path.basename(target), (directory / CONFIG).exists()))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="full"):
+            fastlora.save_adapter(new, directory)
+        if old == "safetensors":
+            assert files(directory) == before
+        else:
+            assert (directory / CONFIG).read_bytes() == before[0]
+            assert (directory / PICKLED).exists()
+        monkeypatch.setattr(os, "replace", noted)
+        fastlora.save_adapter(new, directory)
+        assert calls == [(WEIGHTS, False), (CONFIG, False)]
+        assert files(directory) == wanted
+        assert not (directory / PICKLED).exists()
+        assert_others_kept(directory)
+        TestInterruptedSaving.assert_clean(directory)
 
     def test_without_locks(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "fcntl", None)

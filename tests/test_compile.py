@@ -69,6 +69,26 @@ def model(device="cpu", dtype=torch.float32, adapter_dtype=None, dropout=0.0, de
     return net
 
 
+class Siblings(nn.Module):
+    """x: (..., 16) -> (..., 16), by two projections of x."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + torch.tanh(self.q_proj(x)) * self.k_proj(x)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.siblings = nn.LayerNorm(16), Siblings()
+
+    def forward(self, x):
+        return self.siblings(self.norm(x))
+
+
 def gradients(net):
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
@@ -287,6 +307,22 @@ class TestModule:
             block.compile(backend="aot_eager", fullgraph=True)
         assert_same_run(run_and_backward(net, net, x), theirs)
         assert graphs() == 1
+
+    def test_regional_compilation_of_groups(self):
+        """More blocks than a function is compiled for: their hooks must not tell them apart."""
+        depth = torch._dynamo.config.recompile_limit + 2
+        blocks = nn.Sequential(*(Normed() for _ in range(depth)))
+        fastlora.apply_lora(blocks, ["q_proj", "k_proj"], rank=2)
+        fastlora.group_projections(blocks)
+        x = torch.randn(2, 5, 16, requires_grad=True)
+        expected = blocks(x)
+        for block in blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(blocks(x), expected)
+        assert graphs() == 1
+        fastlora.ungroup_projections(blocks)
+        parents = [block.siblings for block in blocks]
+        assert not any(p._forward_hooks or p._forward_hooks_always_called for p in parents)
 
     def test_adapter_switched_off_and_merged(self):
         """A compiled model follows the switch."""

@@ -1,5 +1,7 @@
 """``fastlora.lora_linear`` on every path: values, gradients, layouts, dropout, autocast, memory, errors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -815,6 +817,25 @@ class TestBadInput:
         torch.testing.assert_close(ours, F.linear(case.x, case.weight, case.bias))
 
 
+@every_run
+@pytest.mark.parametrize("counted", [False, True])
+def test_forward_mode_derivatives(run, counted):
+    """Plain operations have them; the operators would drop the tangent."""
+    from torch.autograd import forward_ad
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = tensors(5, 24, 40, 4, device=run.device)
+    tangent = torch.randn_like(case.x)
+    with fastlora.use_path(run.path), forward_ad.dual_level():
+        with FlopCounterMode(display=False) if counted else nullcontext():
+            x = forward_ad.make_dual(case.x, tangent)
+            y = fastlora.lora_linear(x, case.weight, case.A, case.B, 1.5, case.bias)
+            (pair,) = fastlora.lora_linear_group(x, [case.weight], [case.A], [case.B], [1.5], [case.bias])
+        expected = tangent @ (case.weight + 1.5 * case.A @ case.B).t()
+        for result in (y, pair):
+            torch.testing.assert_close(forward_ad.unpack_dual(result).tangent, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_jit_trace_records_plain_operations():
     """With gradients on as with them off, so that the trace can be checked, saved and used anywhere."""
     layer = fastlora.FusedLoRALinear(8, 5, 2)
@@ -831,3 +852,11 @@ def test_nested_tensors_are_refused_with_a_way_out(layout):
     layer = fastlora.FusedLoRALinear(8, 5, 2)
     with pytest.raises(ValueError, match=r"nested.*values\(\)"):
         layer(x)
+    with pytest.raises(ValueError, match=r"lora_linear_group: branch 0: x is a nested.*values\(\)"):
+        fastlora.lora_linear_group(x, [layer.weight], [layer.A], [layer.B], [1.0])
+
+
+def test_fx_is_told_that_it_cannot_follow():
+    """Its stand-in for a tensor has every attribute; the trace would fail only when it is run."""
+    with pytest.raises(TypeError, match="x must be a tensor, got Proxy"):
+        torch.fx.symbolic_trace(nn.Sequential(fastlora.FusedLoRALinear(8, 5, 2)))

@@ -1080,6 +1080,34 @@ class TestModelFunctions:
         assert "grouped: {0,2}.gate_proj/up_proj (2)" in lines
         assert "single: 1.gate_proj/up_proj (1): merged" in lines
 
+    def test_summary_of_what_fsdp_shards(self):
+        """Its parameters are whole only inside a call, so they do not decide before it."""
+
+        class Sharded(nn.Parameter):
+            pass
+
+        model = adapted()
+        fastlora.group_projections(model)
+        projection = model[0].q_proj
+        projection.weight = Sharded(projection.weight.detach(), requires_grad=False)
+        assert "grouped: 0.q_proj/k_proj/v_proj (1)" in fastlora.summary(model)
+        reason = projection._group_branch(torch.randn(2, 24))
+        assert reason == "sharded or otherwise special parameters"
+
+    def test_a_parent_that_returns_its_input(self):
+        """Nothing of the call is left on it."""
+
+        class Echo(Parent):
+            def forward(self, x):
+                super().forward(x)
+                return x
+
+        model, x = Echo(), torch.randn(2, 5, 24)
+        fastlora.group_projections(fastlora.apply_lora(model, ["q_proj", "k_proj"]))
+        y = model(x)
+        assert torch.equal(x, y)
+        assert not hasattr(y, "_fastlora_call")
+
     def test_nothing_to_group(self):
         for model, message in (
             (nn.Sequential(Parent()), "looked for q_proj/k_proj/v_proj, .*the model has no adapted layer"),

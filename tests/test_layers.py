@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A module imports those of the layers below its own, at the top of its file or in a function.
 LAYERS = (
-    ("fastlora.kernels.configs", "fastlora.measured"),
+    ("fastlora.atomic", "fastlora.kernels.configs", "fastlora.measured"),
     ("fastlora.flops", "fastlora.planner", "fastlora.reference"),
     ("fastlora.ops",),
     ("fastlora.function",),

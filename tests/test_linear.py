@@ -680,6 +680,17 @@ class TestDropout:
 
 
 class TestMerge:
+    def test_not_while_disabled(self):
+        layer = random_layer()
+        before = values(layer)
+        with (
+            fastlora.disable_adapter(layer),
+            pytest.raises(ValueError, match="merge: the adapter is disabled"),
+        ):
+            layer.merge()
+        assert not layer.merged
+        assert_values(layer, before)
+
     @every_dtype
     def test_one_rounding(self, dtypes):
         case = tensors(9, 24, 40, 4, *dtypes)
@@ -802,6 +813,11 @@ class TestMerge:
 
 
 class TestToLinear:
+    def test_not_finite(self):
+        layer = random_layer(alpha=1e6, dtype=torch.float16)
+        with pytest.raises(ValueError, match=r"to_linear: weight .* is not finite"):
+            layer.to_linear()
+
     @every_dtype
     @pytest.mark.parametrize("training", [True, False])
     def test_computes_the_same(self, dtypes, training):
@@ -905,6 +921,15 @@ class TestStateDict:
         model[0].unmerge()
         model.load_state_dict(state)
         assert_values(model, state)
+
+
+def test_the_rank_is_that_of_the_adapter():
+    layer = random_layer(R=3)
+    layer.A, layer.B = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(2, 7))
+    assert layer.rank == 2
+    assert "rank=2" in repr(layer)
+    numpy = pytest.importorskip("numpy")
+    assert fastlora.FusedLoRALinear(4, 4, numpy.int64(3)).A.shape == (4, 3)
 
 
 def pickled(layer):

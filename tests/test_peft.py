@@ -684,10 +684,10 @@ def test_sharded_tensors_run_pefts_code():
 # Dtypes
 
 
-def linear_layer(dtype, adapter_dtype, bias=True, **settings):
+def linear_layer(dtype, adapter_dtype, bias=True, dropout=0.0, **settings):
     base = nn.Linear(24, 20, bias=bias).to(dtype).requires_grad_(False)
     config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **settings)
-    layer = LoraLinear(base, "default", config, r=4, lora_alpha=6)
+    layer = LoraLinear(base, "default", config, r=4, lora_alpha=6, lora_dropout=dropout)
     layer.lora_A.to(adapter_dtype), layer.lora_B.to(adapter_dtype)
     return layer
 
@@ -709,17 +709,20 @@ F64, F32, F16, BF16 = torch.float64, torch.float32, *HALF
 @pytest.mark.parametrize("adapter_dtype", ALL, ids=dtype_id)
 @pytest.mark.parametrize("dtype", ALL, ids=dtype_id)
 @pytest.mark.parametrize("x_dtype", ALL, ids=dtype_id)
-def test_dtypes_are_pefts(x_dtype, dtype, adapter_dtype, autocast):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dtypes_are_pefts(x_dtype, dtype, adapter_dtype, autocast, dropout):
     """The dtype of every result, its values, and PyTorch's own error where PEFT lets it through."""
-    stock = linear_layer(dtype, adapter_dtype)
+    stock = linear_layer(dtype, adapter_dtype, dropout=dropout)
     fast = fastlora.fuse_peft(copy.deepcopy(stock))
     x = torch.randn(3, 5, 24).to(x_dtype)
+    torch.manual_seed(3)
     try:
         expected = results_of(stock, x, autocast)
     except RuntimeError as error:
         with pytest.raises(RuntimeError, match=f"^{re.escape(str(error))}$"):
             results_of(fast, x, autocast)
         return
+    torch.manual_seed(3)
     actual = results_of(fast, x, autocast)
     coarsest = max((x_dtype, dtype, adapter_dtype, autocast or F64), key=lambda d: torch.finfo(d).eps)
     for ours, theirs in zip(actual, expected, strict=True):

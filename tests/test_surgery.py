@@ -691,6 +691,34 @@ class TestDisableAdapter:
         ):
             raise RuntimeError("from inside")
 
+    def test_an_error_on_entry_undoes_the_half_that_is_done(self, monkeypatch):
+        """Memory runs out for the copy of a buffer, say."""
+        model = trained(fastlora.apply_lora(Small(), ["q"], modules_to_save=["score"]))
+        clone, clones = torch.Tensor.clone, []
+
+        def failing(tensor, *args, **kwargs):
+            clones.append(tensor)
+            if len(clones) == 2:
+                raise torch.OutOfMemoryError("no memory")
+            return clone(tensor, *args, **kwargs)
+
+        with unchanged(model), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "clone", failing)
+            with pytest.raises(torch.OutOfMemoryError), fastlora.disable_adapter(model):
+                pass
+        assert len(fastlora.adapter_state_dict(model)) > 6
+
+    def test_a_model_of_pefts_has_its_own(self):
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(Small(), peft.LoraConfig(target_modules=["q"]))
+        for function in (
+            lambda model: fastlora.disable_adapter(model).__enter__(),
+            fastlora.merge_lora,
+            fastlora.adapter_state_dict,
+        ):
+            with pytest.raises(ValueError, match="no adapted layer; PEFT's own methods do this"):
+                function(wrapped)
+
     def test_merged_layers(self):
         model = Small().double().eval()
         y = model(ids())
@@ -755,6 +783,47 @@ class TestStates:
         assert torch.equal(model(ids()), y_first)
         fastlora.load_adapter_state_dict(model, second)
         assert torch.equal(model(ids()), y_second)
+
+    @pytest.mark.parametrize(
+        "through", [lambda state: state, copy.copy, copy.deepcopy, "pickle", "torch.save"], ids=str
+    )
+    def test_alpha_is_switched_too(self, through, tmp_path):
+        model = self.make()
+        for i, layer in enumerate(surgery.adapted_layers(model).values()):
+            layer.alpha = 1.0 + i
+        state, y = fastlora.adapter_state_dict(model), model(ids())
+        if through == "pickle":
+            state = pickle.loads(pickle.dumps(state))
+        elif through == "torch.save":
+            torch.save(state, tmp_path / "state.pt")
+            state = torch.load(tmp_path / "state.pt", weights_only=True)
+        else:
+            state = through(state)
+        for layer in surgery.adapted_layers(model).values():
+            layer.alpha = 7.0
+        fastlora.load_adapter_state_dict(model, dict(state))  # tensors alone
+        assert {layer.alpha for layer in surgery.adapted_layers(model).values()} == {7.0}
+        assert not torch.equal(model(ids()), y)
+        fastlora.load_adapter_state_dict(model, state)
+        assert torch.equal(model(ids()), y)
+        whole = model.state_dict()  # with metadata of PyTorch's own
+        fastlora.load_adapter_state_dict(model, type(whole)((n, t) for n, t in whole.items() if n in state))
+        model.load_state_dict(state, strict=False)
+        assert torch.equal(model(ids()), y)
+
+    def test_names_behind_a_checkpoint_wrapper(self):
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        model = self.make()
+        y, names = model(ids()), fastlora.adapter_state_dict(model).keys()
+        model.layers[1] = checkpoint_wrapper(model.layers[1])
+        model.score = checkpoint_wrapper(model.score)
+        state = fastlora.adapter_state_dict(model)
+        assert state.keys() == names
+        assert state.keys() <= model.state_dict().keys()
+        trained(model)
+        fastlora.load_adapter_state_dict(model, state)
+        assert torch.equal(model(ids()), y)
 
     def test_an_optimizer_goes_on(self):
         model = self.make()
