@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import GemmConfig
-from fastlora.kernels.dropout import keep_mask
-from fastlora.kernels.tiles import grouped_tile, tile_dot
+from fastlora.kernels.tiles import add_product, grouped_tile, update_tile
 
 
 @triton.jit(do_not_specialize=["keep_threshold"])
@@ -28,42 +27,21 @@ def _gemm_kernel(
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    tl.assume(D > 0)  # Lets ptxas keep wgmma asynchronous: the loop below runs at least once.
     tile_m, tile_e = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(E, BLOCK_E), GROUP_M)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_e = tile_e.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask_m = offs_m < M
     mask_e = offs_e < E
 
-    acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
-    for block in tl.range(0, RANK_BLOCKS, num_stages=1):  # not unrolled: hoisted loads would spill
-        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        mask_r = offs_r < R
-        u_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_r[None, :] * stride_ur
-        v_ptrs = v_ptr + offs_r[:, None] * stride_vr + offs_e[None, :] * stride_ve
-        u = tl.load(u_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        v = tl.load(v_ptrs, mask=mask_r[:, None] & mask_e[None, :], other=0.0)
-        acc = tile_dot(u, v.to(u.dtype), acc)
-    acc *= scale
-    if HAS_DROPOUT:
-        keep = keep_mask(tl.load(seed_ptr), offs_m, tile_e * BLOCK_E, keep_threshold, BLOCK_M, BLOCK_E)
-        acc = tl.where(keep, acc, 0.0)
-
-    offs_d = tl.arange(0, BLOCK_D)
-    p_ptrs = p_ptr + offs_m[:, None] * stride_pm + offs_d.to(tl.int64)[None, :] * stride_pd
-    q_ptrs = q_ptr + offs_d.to(tl.int64)[:, None] * stride_qd + offs_e[None, :] * stride_qe
-    step = tl.full((), BLOCK_D, tl.int64)
-    for d in range(0, D, BLOCK_D):
-        if EVEN_D:
-            p = tl.load(p_ptrs, mask=mask_m[:, None], other=0.0)
-            q = tl.load(q_ptrs, mask=mask_e[None, :], other=0.0)
-        else:
-            mask_d = offs_d < D - d
-            p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-            q = tl.load(q_ptrs, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
-        acc = tile_dot(p, q, acc)
-        p_ptrs += step * stride_pd
-        q_ptrs += step * stride_qd
+    acc = update_tile(
+        u_ptr, stride_um, stride_ur, v_ptr, stride_vr, stride_ve, R, scale,
+        seed_ptr, keep_threshold, offs_m, offs_e, mask_m, mask_e, tile_e * BLOCK_E,
+        BLOCK_M, BLOCK_E, BLOCK_R, RANK_BLOCKS, HAS_DROPOUT,
+    )  # fmt: skip
+    acc = add_product(
+        acc, p_ptr, stride_pm, stride_pd, q_ptr, stride_qd, stride_qe, D,
+        offs_m, offs_e, mask_m, mask_e, BLOCK_D, EVEN_D,
+    )  # fmt: skip
 
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_e * stride_bias, mask=mask_e, other=0.0)

@@ -13,37 +13,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import MAX_BRANCHES, GemmConfig
-from fastlora.kernels.dropout import keep_mask
-from fastlora.kernels.tiles import grouped_tile, tile_dot
-
-
-@triton.jit
-def _add_product(
-    acc,
-    p_ptr, stride_pm, stride_pd,
-    q_ptr, stride_qd, stride_qe,
-    D,
-    offs_m, offs_e, mask_m, mask_e,
-    BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
-    """acc: (BLOCK_M, BLOCK_E) + P @ Q."""
-    tl.assume(D > 0)  # Lets ptxas keep wgmma asynchronous: the loop below runs at least once.
-    offs_d = tl.arange(0, BLOCK_D)
-    p_ptrs = p_ptr + offs_m[:, None] * stride_pm + offs_d.to(tl.int64)[None, :] * stride_pd
-    q_ptrs = q_ptr + offs_d.to(tl.int64)[:, None] * stride_qd + offs_e[None, :] * stride_qe
-    step = tl.full((), BLOCK_D, tl.int64)
-    for d in range(0, D, BLOCK_D):
-        if EVEN_D:
-            p = tl.load(p_ptrs, mask=mask_m[:, None], other=0.0)
-            q = tl.load(q_ptrs, mask=mask_e[None, :], other=0.0)
-        else:
-            mask_d = offs_d < D - d
-            p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-            q = tl.load(q_ptrs, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
-        acc = tile_dot(p, q, acc)
-        p_ptrs += step * stride_pd
-        q_ptrs += step * stride_qd
-    return acc
+from fastlora.kernels.tiles import add_product, grouped_tile, update_tile
 
 
 @triton.jit(do_not_specialize=["keep_threshold"])
@@ -68,36 +38,27 @@ def _group_dx_kernel(
     mask_m = offs_m < M
     mask_e = offs_e < E
 
-    acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
-    for block in tl.range(0, RANK_BLOCKS, num_stages=1):  # not unrolled: hoisted loads would spill
-        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        mask_r = offs_r < R
-        u_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_r[None, :] * stride_ur
-        v_ptrs = v_ptr + offs_r[:, None] * stride_vr + offs_e[None, :] * stride_ve
-        u = tl.load(u_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        v = tl.load(v_ptrs, mask=mask_r[:, None] & mask_e[None, :], other=0.0)
-        acc = tile_dot(u, v.to(u.dtype), acc)
-    acc *= scale
-    if HAS_DROPOUT:
-        keep = keep_mask(tl.load(seed_ptr), offs_m, tile_e * BLOCK_E, keep_threshold, BLOCK_M, BLOCK_E)
-        acc = tl.where(keep, acc, 0.0)
-
-    acc = _add_product(
+    acc = update_tile(
+        u_ptr, stride_um, stride_ur, v_ptr, stride_vr, stride_ve, R, scale,
+        seed_ptr, keep_threshold, offs_m, offs_e, mask_m, mask_e, tile_e * BLOCK_E,
+        BLOCK_M, BLOCK_E, BLOCK_R, RANK_BLOCKS, HAS_DROPOUT,
+    )  # fmt: skip
+    acc = add_product(
         acc, p0_ptr, stride_p0m, stride_p0d, q0_ptr, stride_q0d, stride_q0e, D0,
         offs_m, offs_e, mask_m, mask_e, BLOCK_D, EVEN_D,
     )  # fmt: skip
     if BRANCHES > 1:
-        acc = _add_product(
+        acc = add_product(
             acc, p1_ptr, stride_p1m, stride_p1d, q1_ptr, stride_q1d, stride_q1e, D1,
             offs_m, offs_e, mask_m, mask_e, BLOCK_D, EVEN_D,
         )  # fmt: skip
     if BRANCHES > 2:
-        acc = _add_product(
+        acc = add_product(
             acc, p2_ptr, stride_p2m, stride_p2d, q2_ptr, stride_q2d, stride_q2e, D2,
             offs_m, offs_e, mask_m, mask_e, BLOCK_D, EVEN_D,
         )  # fmt: skip
     if BRANCHES > 3:
-        acc = _add_product(
+        acc = add_product(
             acc, p3_ptr, stride_p3m, stride_p3d, q3_ptr, stride_q3d, stride_q3e, D3,
             offs_m, offs_e, mask_m, mask_e, BLOCK_D, EVEN_D,
         )  # fmt: skip

@@ -1,7 +1,9 @@
-"""Tile mapping shared by the kernels."""
+"""Tiles shared by the kernels: their order, and the two parts of a gemm with a rank-R update."""
 
 import triton
 import triton.language as tl
+
+from fastlora.kernels.dropout import keep_mask
 
 
 @triton.jit
@@ -21,3 +23,59 @@ def grouped_tile(pid, tiles_m, tiles_e, GROUP_M: tl.constexpr):
 def tile_dot(a, b, acc):
     """acc + a @ b in fp32: tensor cores for fp16/bf16 tiles, full precision (no tf32) for fp32 ones."""
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def update_tile(
+    u_ptr, stride_um, stride_ur,
+    v_ptr, stride_vr, stride_ve,
+    R, scale,
+    seed_ptr, keep_threshold,
+    offs_m, offs_e, mask_m, mask_e, first_e,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """s * keep * (U @ V), (BLOCK_M, BLOCK_E) in fp32; first_e: the number of its first column."""
+    acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+    for block in tl.range(0, RANK_BLOCKS, num_stages=1):  # not unrolled: hoisted loads would spill
+        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        mask_r = offs_r < R
+        u_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_r[None, :] * stride_ur
+        v_ptrs = v_ptr + offs_r[:, None] * stride_vr + offs_e[None, :] * stride_ve
+        u = tl.load(u_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=mask_r[:, None] & mask_e[None, :], other=0.0)
+        acc = tile_dot(u, v.to(u.dtype), acc)
+    acc *= scale
+    if HAS_DROPOUT:
+        keep = keep_mask(tl.load(seed_ptr), offs_m, first_e, keep_threshold, BLOCK_M, BLOCK_E)
+        acc = tl.where(keep, acc, 0.0)
+    return acc
+
+
+@triton.jit
+def add_product(
+    acc,
+    p_ptr, stride_pm, stride_pd,
+    q_ptr, stride_qd, stride_qe,
+    D,
+    offs_m, offs_e, mask_m, mask_e,
+    BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """acc: (BLOCK_M, BLOCK_E) + P @ Q."""
+    tl.assume(D > 0)  # Lets ptxas keep wgmma asynchronous: the loop below runs at least once.
+    offs_d = tl.arange(0, BLOCK_D)
+    p_ptrs = p_ptr + offs_m[:, None] * stride_pm + offs_d.to(tl.int64)[None, :] * stride_pd
+    q_ptrs = q_ptr + offs_d.to(tl.int64)[:, None] * stride_qd + offs_e[None, :] * stride_qe
+    step = tl.full((), BLOCK_D, tl.int64)
+    for d in range(0, D, BLOCK_D):
+        if EVEN_D:
+            p = tl.load(p_ptrs, mask=mask_m[:, None], other=0.0)
+            q = tl.load(q_ptrs, mask=mask_e[None, :], other=0.0)
+        else:
+            mask_d = offs_d < D - d
+            p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+            q = tl.load(q_ptrs, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
+        acc = tile_dot(p, q, acc)
+        p_ptrs += step * stride_pd
+        q_ptrs += step * stride_qd
+    return acc
