@@ -212,7 +212,7 @@ def _backward_source(case: Case):
 
 
 def _group_dx_source(case: Case):
-    config = configs.select_group_dx(case.arch, case.M, FEATURES, case.R, 2, case.dropout)
+    config = configs.select_gemm(case.arch, case.M, FEATURES, case.R, 2, case.dropout)
     signature = {}
     for i in range(configs.MAX_BRANCHES):
         used = i < case.branches

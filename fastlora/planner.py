@@ -388,7 +388,7 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
     if kernel_step(p, "dx").config is None:
         return dx
     capability = p.device.capability or configs.MIN_CAPABILITY
-    config = configs.select_group_dx(capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
+    config = configs.select_gemm(capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
     if dx.path == "triton":
         return dataclasses.replace(dx, config=config)
     if mode != "auto" or p.device.kind != "cuda" or p.dtype not in _HALF or why_not_triton(p):

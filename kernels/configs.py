@@ -7,7 +7,6 @@ the fastest has not been measured on a GPU yet.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 # Shared memory one program may use, in bytes (CUDA C++ Programming Guide, "Technical Specifications per
@@ -210,13 +209,15 @@ def select_project(
 
 
 def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout: bool) -> GemmConfig:
-    """The configuration of gemm for C: (M, E) and rank R."""
+    """The configuration of gemm for C: (M, E) and rank R, and of group_dx for ranks that sum to R."""
     block_r = _rank_block(R, 64)
     block_m = next((block for block in (16, 64) if block >= M), 128)
     # wgmma is at its best 256 columns wide; the mask of dropout needs the registers that such a tile takes.
     wide = nearest_capability(capability) in (90, 100) and block_m == 128 and E >= 512 and not dropout
     block_e = 256 if wide else 128
     num_warps = 4 if block_m * block_e <= 64 * 128 else 8
+    if nearest_capability(capability) == 100 and block_m == 64:
+        num_warps = 8  # four spill there
     steps = ((64, 3), (32, 4), (32, 3), (32, 2), (16, 2))
     if nearest_capability(capability) == 80 and block_m == 128 and R > 128:
         steps = steps[1:]  # the longer steps spill there beside three or four rank blocks
@@ -228,15 +229,6 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
         capability,
         itemsize,
     )
-
-
-def select_group_dx(capability: int, M: int, E: int, R: int, itemsize: int, dropout: bool) -> GemmConfig:
-    """The configuration of group_dx for C: (M, E) and ranks that sum to R: gemm's, where its loops fit."""
-    config = select_gemm(capability, M, E, R, itemsize, dropout)
-    if nearest_capability(capability) == 100 and config.block_m == 64:
-        # Four loops of four warps spill there.
-        return dataclasses.replace(config, num_warps=8)
-    return config
 
 
 def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize: int) -> TokenSumConfig:

@@ -136,7 +136,7 @@ def test_every_selectable_configuration_is_compiled(static_rows):
                     ("token_sum", configs.select_token_sum(arch, 108, M, 4096, R, 2)),
                     ("backward", configs.select_backward(arch, 108, M, 4096, R, 2)),
                     ("backward", configs.select_backward(arch, 108, M, 4096, R, 2, 4)),
-                    ("group_dx", configs.select_group_dx(arch, M, 4096, R, 2, dropout=False)),
+                    ("group_dx", configs.select_gemm(arch, M, 4096, R, 2, dropout=False)),
                 ):
                     assert key(arch, kernel, text(config)) in compiled, f"sm_{arch} {kernel} {config}"
         for N in (1, 1024, 2048, 4096, 5000, 14336, 10**6):

@@ -597,7 +597,7 @@ class TestKernel:
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             capability = 10 * major + minor
-        config = configs.select_group_dx(capability, M, E, R, 2, seed is not None)
+        config = configs.select_gemm(capability, M, E, R, 2, seed is not None)
         c = group_dx(ps, qs, u, v, scale, config, **dropout)
         truth = keep * (u.double() @ v.double())
         plain = keep.to(dtype) * (u @ v.to(dtype))
