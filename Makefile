@@ -19,9 +19,10 @@ demo:  ## fine-tune BERT on movie reviews: fastlora, PEFT and full fine-tuning
 bench:  ## run the benchmarks
 	@$(in_environment) dev pytest benchmarks $(ARGS)
 
-lint:  ## check style and formatting
+lint:  ## check style, formatting and types
 	@$(in_environment) dev ruff check .
 	@$(in_environment) dev ruff format --check .
+	@$(in_environment) dev mypy
 
 clean:  ## remove .venv and what was built; .cache keeps what was downloaded
 	rm -rf .venv build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -12,10 +12,11 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -264,7 +265,10 @@ class AdapterConfig:
         return LayerSpec(self.rank_of(name), self.alpha_of(name), self.dropout, dtype)
 
 
-def _first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
+_Number = TypeVar("_Number", int, float)
+
+
+def _first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
     """The value of the first regular expression that matches the last parts of a name."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", path):
@@ -276,7 +280,7 @@ def _file_path(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPED)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     """The model inside what compiling and data-parallel training put around it."""
     while True:
         if _COMPILED in model._modules:
@@ -343,7 +347,7 @@ def _check_values(tensors: Mapping[str, Tensor], function: str) -> None:
         raise ValueError(f"{function}: {_listing(meta)} on the meta device; give the model its values first")
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Any) -> Tensor:
     """A copy as safetensors takes it: contiguous, of memory of its own, gathered where it is sharded."""
     if _any_dtensor(tensor):
         tensor = tensor.full_tensor()
@@ -447,7 +451,7 @@ def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
     config = getattr(model, "config", None)
     if config is None or (task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False)):
         return None
-    heads = _ending_in(model, (*saved, *_TASK_HEADS.get(task, ())))
+    heads = _ending_in(model, (*saved, *_TASK_HEADS.get(task or "", ())))
     return task if heads == set(saved_modules(model).values()) else None
 
 
@@ -478,7 +482,7 @@ def _parse_config(raw: bytes, path: Path) -> AdapterConfig:
         raise ValueError(f"load_adapter: {path}: {error}") from error
 
 
-def _check_features(fields: Mapping[str, object]) -> None:
+def _check_features(fields: Mapping[str, Any]) -> None:
     """ValueError naming every field that asks for more than plain LoRA linear layers."""
     bad = [
         f"{name}={fields.get(name)!r} (expected {' or '.join(map(repr, accepted))})"
@@ -494,9 +498,9 @@ def _check_features(fields: Mapping[str, object]) -> None:
         warnings.warn(f"load_adapter: unknown fields are ignored: {', '.join(unknown)}", stacklevel=5)
 
 
-def _config_from(fields: Mapping[str, object]) -> AdapterConfig:
+def _config_from(fields: Mapping[str, Any]) -> AdapterConfig:
     """The fields with PEFT's defaults for missing ones; ValueError or TypeError for values of other kinds."""
-    targets = _strings(fields, "target_modules", expression=True)
+    targets = _expression_or_strings(fields, "target_modules")
     if not targets:
         raise ValueError(f"target_modules={fields.get('target_modules')!r}, expected names")
     layers = fields.get("layers_to_transform")
@@ -507,7 +511,7 @@ def _config_from(fields: Mapping[str, object]) -> AdapterConfig:
         raise ValueError("layers_to_transform and layers_pattern need a list of target_modules")
     selector = Selector(
         target_modules=targets,
-        exclude_modules=_strings(fields, "exclude_modules", expression=True),
+        exclude_modules=_expression_or_strings(fields, "exclude_modules"),
         modules_to_save=_strings(fields, "modules_to_save"),
         layers_to_transform=tuple(_integer(layer, "layers_to_transform", 0) for layer in layers),
         layers_pattern=tuple(pattern for pattern in patterns if pattern),
@@ -532,16 +536,19 @@ def _config_from(fields: Mapping[str, object]) -> AdapterConfig:
     return config
 
 
-def _strings(fields: Mapping[str, object], name: str, expression: bool = False) -> str | tuple[str, ...]:
+def _expression_or_strings(fields: Mapping[str, Any], name: str) -> str | tuple[str, ...]:
+    value = fields.get(name)
+    return value if value and isinstance(value, str) else _strings(fields, name)
+
+
+def _strings(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = fields.get(name) or ()
-    if expression and isinstance(value, str):
-        return value
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"{name}={value!r}, expected a list of names")
     return tuple(value)
 
 
-def _pattern(fields: Mapping[str, object], name: str) -> Mapping[str, object]:
+def _pattern(fields: Mapping[str, Any], name: str) -> Mapping[str, object]:
     value = fields.get(name) or {}
     if not isinstance(value, dict):
         raise ValueError(f"{name}={value!r}, expected an object")
@@ -601,7 +608,7 @@ def _safetensors() -> ModuleType:
     return safetensors.torch
 
 
-def _find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+def _find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, Any]:
     """The modules that PEFT would adapt, under their (first) names."""
     selector = config.selector
     if isinstance(selector.target_modules, str) and selector.target_modules.lower() == ALL_LINEAR:
@@ -641,12 +648,12 @@ def _check_coverage(
 
 def _check_tensors(
     config: AdapterConfig,
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Any],
     own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
 ) -> None:
     """ValueError unless the file holds exactly the adapters of ``targets``, and values of ``own``."""
-    expected: dict[str, Iterable[int]] = {}
+    expected: dict[str, Sequence[int]] = {}
     for path, module in targets.items():
         name = _file_path(path)
         rank = config.rank_of(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,10 +104,10 @@ def _any_dtensor(*tensors: Tensor) -> bool:
 
 
 # clip_grad_norm_ there scales a gradient that is a sum over the ranks as if each rank held the whole sum.
-_CLIPS_PARTIAL_GRADIENTS_WRONGLY = TorchVersion(torch.__version__) < (2, 13)
+_CLIPS_PARTIAL_GRADIENTS_WRONGLY = TorchVersion(torch.__version__) < "2.13"
 
 
-def _with_whole_gradient(parameter: Tensor) -> Tensor:
+def _with_whole_gradient(parameter: Any) -> Tensor:
     """A DTensor whose gradient has its own placements, summed over the ranks in backward already."""
     placements = getattr(parameter, "placements", None)
     return parameter if placements is None else parameter.redistribute(placements=placements)

@@ -10,6 +10,7 @@ kept on layers or threads, and ``torch.compile`` and checkpoints trace it as the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class _LoRALinearGroup(torch.autograd.Function):
             ctx.mode,
         )
         used = [dy is not None for dy in dys]
-        dBs: list[Tensor | None] = [None] * n
+        dBs = [None] * n
         first = 0
         for i, B in enumerate(Bs):
             if used[i] and need_dB[i]:
@@ -110,7 +111,8 @@ def _apply(*arguments):
 def _by_kind(values: Sequence) -> tuple[list, list, list, list]:
     """What belongs to weights, As, Bs and biases, of a sequence that holds them one after the other."""
     n = len(values) // 4
-    return tuple(list(values[i * n : (i + 1) * n]) for i in range(4))
+    weights, As, Bs, biases = (list(values[i * n : (i + 1) * n]) for i in range(4))
+    return weights, As, Bs, biases
 
 
 def _chunks(ranks: Sequence[int]) -> Iterator[slice]:
@@ -195,10 +197,10 @@ def lora_linear_group(
         TypeError: an argument that is no sequence, or an entry that is no tensor or number.
         RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
     """
-    given = {"weights": weights, "As": As, "Bs": Bs, "alphas": alphas}
-    weights, As, Bs, alphas, *given_biases = _sequences(
-        given if biases is None else {**given, "biases": biases}
-    )
+    given: dict[str, object] = {"weights": weights, "As": As, "Bs": Bs, "alphas": alphas}
+    if biases is not None:
+        given["biases"] = biases
+    weights, As, Bs, alphas, *given_biases = _sequences(given)
     biases = given_biases[0] if given_biases else [None] * len(weights)
     alphas = [
         float(alpha)
@@ -225,7 +227,7 @@ def lora_linear_group(
     elif seed is None:
         # Drawn outside the operator, so that checkpointing recomputes with the same seed.
         seed = reference.new_seed(x.device)
-    results = []
+    results: list[Tensor] = []
     for chunk in _chunks([B.shape[0] for B in Bs]):
         parts = (weights[chunk], As[chunk], Bs[chunk], alphas[chunk], biases[chunk])
         results += _fused(x, *parts, float(dropout), seed)
@@ -313,7 +315,7 @@ def _state(x: Tensor) -> tuple:
     )
 
 
-def _branches(group: Sequence[nn.Module], x: Tensor | None) -> list[tuple] | str:
+def _branches(group: Sequence[Any], x: Tensor | None) -> list[tuple] | str:
     """What each layer would compute x with, or why they stay single; x None: as far as is known without."""
     branches = []
     for layer in group:
@@ -340,7 +342,7 @@ class _Siblings:
         # Groups that turned out to be called with different tensors.
         self.single: dict[tuple[str, ...], str] = {}
 
-    def members(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, ...] | str:
+    def members(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Any, ...] | str:
         """The group's layers, or why it is none now."""
         if names in self.single:
             return self.single[names]
@@ -364,7 +366,7 @@ class _Siblings:
             return None
         if x.requires_grad and not torch.is_grad_enabled():
             with torch.enable_grad():  # The parent may turn gradients on again.
-                alias = x.view_as(x)
+                alias: Any = x.view_as(x)
         else:
             alias = x.view_as(x)
         alias._fastlora_call = _Call(self, groups)
@@ -396,12 +398,12 @@ def _may_learn() -> bool:
     )
 
 
-def _only_input(values: Sequence[object], K: int) -> Tensor | None:
+def _only_input(values: Sequence[Any], K: int) -> Tensor | None:
     """The one tensor among a parent's arguments that its layers may be meant to take, None if unclear.
 
     Cross attention has two: what k and v take would be guessed.
     """
-    found = None
+    found: Any = None
     for value in values:
         if type(value) not in _PLAIN or value.dim() == 0 or value.shape[-1] != K or value is found:
             continue

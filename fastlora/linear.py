@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ def _keep_fast_path_off(module: nn.Module, inputs: tuple) -> None:
 
 def _rebind_load_hooks(source: nn.Module, target: nn.Module) -> None:
     """Hand on what runs before ``load_state_dict``; such a hook holds its module, so each is wrapped anew."""
-    for key, hook in source._load_state_dict_pre_hooks.items():
+    hooks: dict[int, Any] = source._load_state_dict_pre_hooks
+    for key, hook in hooks.items():
         bound = target if getattr(hook, "with_module", False) else None
         target._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, bound)
 
@@ -138,7 +140,7 @@ class FusedLoRALinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        options = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
+        options: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
         self.A = nn.Parameter(torch.empty(self.out_features, int(rank), **options))
         self.B = nn.Parameter(torch.empty(int(rank), self.in_features, **options))
         self.reset_lora_parameters()

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Raised whenever the meaning of a row changes, or the kernels so much that older times are of no use.
 VERSION = 1
@@ -80,6 +81,11 @@ class Row:
     def family(self) -> tuple:
         """What a row shares with those that a failed check of its path disqualifies."""
         return family(self.gpu, self.capability, self.triton, self.dtype, self.product, self.R, self.dropout)
+
+    @property
+    def time(self) -> float:
+        """Microseconds, infinite where none were measured."""
+        return math.inf if self.microseconds is None else self.microseconds
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -153,7 +159,7 @@ class Table:
             for row in rows
         )
         where = f" at M={shape[0]}, N={shape[1]}, K={shape[2]}" if sum(ratios(shape)) else ""
-        best = min(usable, key=lambda row: row.microseconds)
+        best = min(usable, key=lambda row: row.time)
         return Finding(best.path, f"{self._source.format(gpu=key[0])}{where}: {figures}")
 
 
@@ -189,7 +195,7 @@ def read_rows(path: Path) -> list[Row]:
 def _parse(line: list[str], number: int) -> Row:
     if len(line) != len(COLUMNS):
         raise ValueError(f"line {number}: {len(line)} columns, expected {len(COLUMNS)}")
-    fields: dict[str, object] = dict(zip(COLUMNS, line, strict=True))
+    fields: dict[str, Any] = dict(zip(COLUMNS, line, strict=True))
     try:
         for name in ("capability", "M", "N", "K", "R"):
             fields[name] = int(fields[name])

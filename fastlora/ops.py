@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -276,18 +277,21 @@ def _addmm_forward(
 
 def _addmm_backward(
     dy: Tensor,
-    x: Tensor | None,
+    x: Any,
     weight: Tensor,
     A: Tensor,
     B: Tensor,
-    h: Tensor | None,
+    h: Any,
     alpha: float,
     drop: _Dropout | None,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dy: (M, N), x: (M, K), h: (M, R) -> dx: (M, K), dA: (N, R), dB: (R, K), None if not asked for."""
+    """dy: (M, N), x: (M, K), h: (M, R) -> dx: (M, K), dA: (N, R), dB: (R, K), None if not asked for.
+
+    x may be None where dB is not asked for, h where dA is not.
+    """
     dtype, adapter_dtype = dy.dtype, A.dtype
     wide = adapter_dtype != dtype and _is_few_and_wide(dy, A)
     if adapter_dtype != dtype and not wide:
@@ -414,11 +418,11 @@ def _rows(x: Tensor) -> int:
 
 def _backward(
     dy: Tensor,
-    x: Tensor | None,
+    x: Any,
     weight: Tensor,
     A: Tensor,
     B: Tensor,
-    h: Tensor | None,
+    h: Any,
     alpha: float,
     dropout: float,
     seed: Tensor | None,
@@ -601,7 +605,7 @@ def _group_dx(
 
 def _group_backward(
     dys: Sequence[Tensor | None],
-    x: Tensor | None,
+    x: Any,
     weights: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -621,11 +625,12 @@ def _group_backward(
     A result is None where it is not asked for. x is needed for dB alone, h: (M, sum of R_i) for dA alone.
     """
     # The branches that want dB come first, so that theirs are neighbouring columns of g.
-    live = sorted((i for i, dy in enumerate(dys) if dy is not None), key=lambda i: not need_dB[i])
+    given = {i: dy for i, dy in enumerate(dys) if dy is not None}
+    live = sorted(given, key=lambda i: not need_dB[i])
     wanting = [i for i in live if need_dB[i]]
-    first, K, n = dys[live[0]], weights[0].shape[1], len(dys)
+    first, K, n = given[live[0]], weights[0].shape[1], len(dys)
     M = _rows(first)
-    dys_2d = {i: dys[i].reshape(M, weights[i].shape[0]) for i in live}
+    dys_2d = {i: given[i].reshape(M, weights[i].shape[0]) for i in live}
     dx = dB = None
     dAs: list[Tensor | None] = [None] * n
     dbiases: list[Tensor | None] = [None] * n
@@ -634,7 +639,7 @@ def _group_backward(
         adapter_dtype = _widest(A.dtype for A in As)
         plan = _group_plan(first.device, first.dtype, adapter_dtype, M, Ns, K, Rs, dropout > 0.0, mode)
         steps = dict(zip(live, plan.branches, strict=True))
-        parts = None if h is None else h.split([B.shape[0] for B in Bs], 1)
+        parts: Sequence[Tensor] = () if h is None else h.split([B.shape[0] for B in Bs], 1)
         for i in live:
             if need_dbias[i]:
                 dbiases[i] = dys_2d[i].sum(0)

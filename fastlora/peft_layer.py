@@ -109,7 +109,7 @@ def find_operands(layer: LoraLinear) -> Operands | str:
         return "adapters disabled"
     if layer.merged_adapters:
         return "merged"
-    modules: dict[str, Any] = layer._modules  # type: ignore[assignment]
+    modules: dict[str, Any] = layer._modules
     downs = modules["lora_A"]._modules
     active = layer._active_adapter
     if type(active) is not str:
@@ -136,8 +136,10 @@ def find_operands(layer: LoraLinear) -> Operands | str:
     if up_parameters.get("bias") is not None or down_parameters.get("bias") is not None:
         return "lora_bias"
     # A weight that is no registered parameter, as under old forms of sharding, is left to PEFT.
-    weight, bias = base_parameters.get("weight"), base_parameters.get("bias")
-    A, B = up_parameters.get("weight"), down_parameters.get("weight")
+    weight: Any = base_parameters.get("weight")
+    bias = base_parameters.get("bias")
+    A: Any = up_parameters.get("weight")
+    B: Any = down_parameters.get("weight")
     if not (
         type(weight) in _PLAIN
         and type(A) in _PLAIN

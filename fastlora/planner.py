@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -131,7 +132,9 @@ class Plan:
     @functools.cached_property
     def apart(self) -> Plan:
         """The plan of a call that does not ask for both g and dA."""
-        return dataclasses.replace(self, g=self.g.apart, dA=self.dA.apart) if self.g_with_dA else self
+        if not self.g_with_dA:
+            return self
+        return dataclasses.replace(self, g=self.g.apart or self.g, dA=self.dA.apart or self.dA)
 
     @property
     def path(self) -> str:
@@ -308,7 +311,9 @@ def why_not_triton(problem: Problem) -> str | None:
     if problem.dtype not in _KERNEL_DTYPES:
         return f"the kernels compute float16, bfloat16 and float32, not {_name(problem.dtype)}"
     if problem.adapter_itemsize > 4:
-        return f"the kernels read adapters of up to float32, not {_name(problem.adapter_dtype)}"
+        return (
+            f"the kernels read adapters of up to float32, not {_name(problem.adapter_dtype or problem.dtype)}"
+        )
     if problem.R > configs.MAX_RANK:
         return f"the kernels take ranks up to {configs.MAX_RANK}, not {problem.R}"
     if device.kind == "cpu":
@@ -521,7 +526,7 @@ def _chosen_plan(problem: Problem) -> Plan:
     return Plan(**{**steps, **both})
 
 
-def _key(problem: Problem, product: str) -> dict[str, object]:
+def _key(problem: Problem, product: str) -> dict[str, Any]:
     """What the rows of a product are found by, the sizes but R left out."""
     return {
         "gpu": problem.device.name,

@@ -22,7 +22,7 @@ from torch import Tensor
 try:
     import numpy
 except ImportError:  # PyTorch runs without it.
-    numpy = None
+    numpy = None  # type: ignore[assignment]
 
 # Philox4x32 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). Seven rounds are the
 # fewest that pass BigCrush according to that paper's table 2.
@@ -141,7 +141,7 @@ def shared_keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> T
         return torch.full((rows, columns), threshold == 0, device=seed.device)
     # On a GPU the seed stays a tensor: reading its value would wait for the device.
     on_cpu = seed.device.type == "cpu"
-    key = seed.item() if on_cpu else seed.reshape(())
+    key = int(seed) if on_cpu else seed.reshape(())
     if on_cpu and rows * columns <= _FEW_ELEMENTS and numpy is not None and not torch.compiler.is_compiling():
         return _few_keep(key, rows, columns, threshold)
     groups = -(-columns // COLUMNS_PER_CALL)
@@ -260,9 +260,9 @@ def lora_linear(
     if dropout > 0.0:
         seed = new_seed(x.device) if seed is None else seed
         if _is_batched(seed):
-            keep = _batched_keep_mask(seed, *x_2d.shape, dropout)
+            keep = _batched_keep_mask(seed, x_2d.shape[0], x_2d.shape[1], dropout)
         else:
-            keep = _beside(x_2d, shared_keep_mask(seed, *x_2d.shape, dropout))
+            keep = _beside(x_2d, shared_keep_mask(seed, x_2d.shape[0], x_2d.shape[1], dropout))
         dropped = torch.where(keep, x_2d * keep_scale(dropout), x_2d.new_zeros(()))
     h = project(dropped, B.t())
     return gemm(x_2d, weight.t(), h, A.t(), alpha, bias).reshape(*x.shape[:-1], weight.shape[0])

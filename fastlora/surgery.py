@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -313,7 +314,9 @@ def _match_targets(
 ) -> list[str]:
     """The (first) names of all modules that ``target_modules`` matches outside ``roots``, those to save."""
     single = isinstance(target_modules, str)
-    patterns = (target_modules,) if single else _names(target_modules, "target_modules")
+    patterns: tuple[str, ...] = (
+        (target_modules,) if isinstance(target_modules, str) else _names(target_modules, "target_modules")
+    )
     within = _modules_inside(roots)
     all_paths = _all_paths(model)
     targets: dict[str, None] = {}
@@ -373,7 +376,7 @@ def linear_names(model: nn.Module, exact: bool = True, sequence_classifier: bool
     return [path for path, m in model.named_modules() if path and is_linear(m) and m not in excluded]
 
 
-def _why_not_adaptable(model: nn.Module, path: str, module: nn.Module) -> str | None:
+def _why_not_adaptable(model: nn.Module, path: str, module: Any) -> str | None:
     """Why a module cannot be replaced by an adapted layer, None if it can."""
     if isinstance(module, FusedLoRALinear):
         return "adapted already: adapting a layer twice is not supported"
@@ -499,7 +502,7 @@ def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None
     """Put each replacement wherever the module that it replaces is registered."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in replacements:
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
 
 
@@ -515,7 +518,8 @@ def _freeze(model: nn.Module, new_roots: Iterable[nn.Module]) -> None:
             parameter.requires_grad_(parameter.is_floating_point())
 
 
-def _adapted_encoders(model: nn.Module) -> list[nn.TransformerEncoder]:
+def _adapted_encoders(model: nn.Module) -> list[Any]:
+    """The ``nn.TransformerEncoder`` modules with an adapted layer inside."""
     return [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and adapted_layers(m)]
 
 
@@ -543,9 +547,9 @@ def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in module._parameters.items():
         if tensor is not None:
             yield name, tensor
-    for name, tensor in module._buffers.items():
-        if tensor is not None and name not in module._non_persistent_buffers_set:
-            yield name, tensor
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer
 
 
 def _keep_original(module: nn.Module, name: str, original: Tensor, own: nn.Parameter | None) -> None:
@@ -732,7 +736,7 @@ _changes_lock = threading.Lock()
 
 
 @contextmanager
-def _changed(module: nn.Module, change: Callable[[nn.Module, ExitStack], None]) -> Iterator[None]:
+def _changed(module: nn.Module, change: Callable[[Any, ExitStack], None]) -> Iterator[None]:
     """``change(module, undo)`` by the first block that the module is in, undone by the last."""
     with _changes_lock:
         undo, blocks = _changes.get(module, (ExitStack(), 0))
@@ -760,7 +764,7 @@ def _set(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> N
 
 
 def _disable_layer(layer: FusedLoRALinear, undo: ExitStack) -> None:
-    if layer.merged:
+    if layer._merged_alpha is not None:
         # Another tensor, not unmerge() and merge(): each pair of those would round the weight anew.
         weight = nn.Parameter(layer._updated_weight(-layer._merged_alpha), requires_grad=False)
         _set(layer, "weight", weight, undo)
@@ -788,7 +792,7 @@ def _use_original(root: nn.Module, undo: ExitStack) -> None:
     _set(root, "_saved_with_adapter", "original", undo)
     for module in root.modules():
         for name, _ in list(_saved_tensors(module)):
-            original = module._buffers[_ORIGINAL + name]
+            original: Any = module._buffers[_ORIGINAL + name]
             if name in module._parameters:
                 _set(module, name, nn.Parameter(original, requires_grad=False), undo)
             else:
@@ -833,7 +837,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     layers = _require_layers(model, "adapter_state_dict")
     if any(_uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("adapter_state_dict: inside disable_adapter the saved modules hold original values")
-    state = OrderedDict((name, t.detach().clone()) for name, t in adapter_tensors(model).items())
+    state: Any = OrderedDict((name, t.detach().clone()) for name, t in adapter_tensors(model).items())
     state._metadata = {_public(path): {_ALPHA: float(layer.alpha)} for path, layer in layers.items()}
     return state
 
@@ -874,7 +878,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     return model
 
 
-def sharded_like(own: Tensor, value: Tensor) -> Tensor:
+def sharded_like(own: Any, value: Tensor) -> Tensor:
     """``value``, or of a whole one the part that this process holds of the DTensor ``own``."""
     if not _any_dtensor(own) or _any_dtensor(value):
         return value
@@ -942,8 +946,8 @@ def summary(model: nn.Module) -> str:
         groups.setdefault((_describe_shape(root), "-", state), []).append(name)
     closing = []
     for part in filter(None, [describe_part(model) for describe_part in summary_parts]):
-        for name, *columns in part.rows:
-            groups.setdefault(tuple(columns), []).append(name)
+        for name, shape, rank, path in part.rows:
+            groups.setdefault((shape, rank, path), []).append(name)
         reasons.update(dict.fromkeys(part.reasons))
         closing.append(part.closing)
     rows = [("module", "layers", "shape", "rank", "path")]

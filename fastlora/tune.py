@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
         fastest = {name: _fastest(before, name) for name in parts}
         one = Step("project", "triton", planner.backward_config(problem), "")
 
-        def run(path: str) -> tuple[Tensor, ...]:
+        def run(path: str) -> tuple[Any, ...]:
             if path == "together":
                 return ops._g_and_dA(one, t.dy, t.A, t.h, ALPHA)
             return tuple(part.run(fastest[name] if path == "apart" else path) for name, part in parts.items())
@@ -221,7 +222,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
 def _fastest(rows: Iterable[Row], product: str) -> str:
     """The fastest path of a product that passed its check, "addmm" where none did."""
     timed = [row for row in rows if row.product == product and row.status == OK]
-    return min(timed, key=lambda row: row.microseconds).path if timed else "addmm"
+    return min(timed, key=lambda row: row.time).path if timed else "addmm"
 
 
 def products(shape: Shape) -> list[tuple[str, bool]]:
@@ -479,6 +480,7 @@ def model_layers(name: str) -> set[tuple[int, int, int | None]]:
         ValueError: it cannot be read, or has no linear layer; says what to do.
     """
     config = Path(name) / "adapter_config.json"
+    layers: set[tuple[int, int, int | None]]
     if not config.is_file():
         layers = {(n, k, None) for n, k in _linear_features(_meta_model(name), surgery.ALL_LINEAR)}
     elif (weights := config.with_name("adapter_model.safetensors")).is_file():
@@ -543,7 +545,7 @@ def _linear_features(model: nn.Module, targets: str | list[str]) -> set[tuple[in
         # The names are those in the model with its head, of which this one is a child called so.
         prefix = getattr(model, "base_model_prefix", "")
         paths = [p for p in paths if surgery.matches(targets, p) or surgery.matches(targets, f"{prefix}.{p}")]
-    layers = [model.get_submodule(path) for path in paths]
+    layers: list[Any] = [model.get_submodule(path) for path in paths]
     return {(layer.out_features, layer.in_features) for layer in layers}
 
 
@@ -553,7 +555,7 @@ def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:
         shapes = sorted(set(options.shapes))
     else:
         layers = {(n, k, None) for n, k in FEATURES} if options.model is None else model_layers(options.model)
-        shapes = {
+        found = {
             Shape(m, n, k, r)
             for n, k, rank in layers
             for m in options.tokens
@@ -561,7 +563,7 @@ def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:
             if r <= configs.MAX_RANK
         }
         # The longest come first: they are what a run that ends early should have.
-        shapes = sorted(shapes, reverse=True)
+        shapes = sorted(found, reverse=True)
     return [(DTYPES[dtype], shape) for dtype in dict.fromkeys(options.dtype) for shape in shapes]
 
 
@@ -595,7 +597,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     for (dtype, product, dropout, *sizes), paths in groups.items():
         timed = [row for row in paths if row.status == OK]
-        best = min(timed, key=lambda row: row.microseconds).path if timed else "none"
+        best = min(timed, key=lambda row: row.time).path if timed else "none"
         figures = ", ".join(
             f"{row.path} {row.microseconds:.1f} us" if row.status == OK else f"{row.path} {row.status}"
             for row in paths
