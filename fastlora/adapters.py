@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastlora.atomic import replace_files
 from fastlora.function import _any_dtensor, check_dropout
+from fastlora.group import check_model
 from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import (
     ALL_LINEAR,
@@ -31,7 +32,6 @@ from fastlora.surgery import (
     LayerSpec,
     Selector,
     _all_paths,
-    _check_model,
     _inside,
     _join,
     _listing,
@@ -154,7 +154,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         OSError: the files cannot be written; an adapter that was there is left as it was.
     """
     save = _safetensors().save
-    _check_model(model, "save_adapter")
+    check_model(model, "save_adapter")
     model = _unwrapped(model)
     layers = _require_layers(model, "save_adapter")
     if any(_uses_original(root) for root in saved_modules(model).values()):
@@ -197,7 +197,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         FileNotFoundError: the directory holds no adapter.
         ImportError: the safetensors package is missing.
     """
-    _check_model(model, "load_adapter")
+    check_model(model, "load_adapter")
     config, state = _read_adapter(Path(directory))
     given, model = model, _unwrapped(model)
     check_enabled(model, "load_adapter")

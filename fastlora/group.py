@@ -453,7 +453,7 @@ def group_projections(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is no module.
         ValueError: no siblings with adapters. The model is left as it was.
     """
-    _check_module(model, "group_projections")
+    check_model(model, "group_projections")
     found = {}
     for module in model.modules():
         groups = [tuple(n for n in names if _adapted(module._modules.get(n))) for names in SIBLINGS]
@@ -499,7 +499,7 @@ def ungroup_projections(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check_module(model, "ungroup_projections")
+    check_model(model, "ungroup_projections")
     for _, module, siblings in list(_hooked_parents(model)):
         for hooks, *marks in _hooks_of(module):
             for key in [k for k, hook in hooks.items() if _is_ours(hook, siblings)]:
@@ -509,7 +509,8 @@ def ungroup_projections(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_module(model: nn.Module, function: str) -> None:
+def check_model(model: nn.Module, function: str) -> None:
+    """TypeError, starting with the function's name, for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
 

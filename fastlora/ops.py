@@ -167,7 +167,7 @@ def _update_first(p: Tensor) -> bool:
     operations. And half precision rounds the small update twice, not the large product. A CPU's BLAS takes
     the other order faster.
     """
-    return p.device.type == "cuda" and p.dtype.itemsize == 2
+    return p.is_cuda and p.dtype.itemsize == 2
 
 
 def _hopper_gemm(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fastlora import surgery
+from fastlora.group import check_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -51,7 +52,7 @@ def fuse_peft(model: nn.Module) -> nn.Module:
         ValueError: it has no LoRA linear layer of PEFT's. The model is left as it was.
         ImportError: PEFT is not installed.
     """
-    _check_module(model, "fuse_peft")
+    check_model(model, "fuse_peft")
     layer_module, fused_class = _peft_layers(), _fused_class()
     linears = [m for m in model.modules() if type(m) in (layer_module.Linear, fused_class)]
     if not linears:
@@ -70,7 +71,7 @@ def unfuse_peft(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check_module(model, "unfuse_peft")
+    check_model(model, "unfuse_peft")
     module = sys.modules.get("fastlora.peft_layer")  # imported if a fused layer exists
     if module is not None:
         for layer in list(model.modules()):
@@ -120,11 +121,6 @@ def _create_layer(
     if type(layer) is layers.Linear:
         layer.__class__ = _fused_class()
     return layer
-
-
-def _check_module(model: nn.Module, function: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _peft_layers() -> ModuleType:

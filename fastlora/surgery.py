@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastlora.function import _any_dtensor, check_dropout, compute_dtype
-from fastlora.group import group_states, ungroup_projections
+from fastlora.group import check_model, group_states, ungroup_projections
 from fastlora.linear import (
     FusedLoRALinear,
     _check_adapter_dtype,
@@ -168,7 +168,7 @@ def apply_lora(
             parameters. The model is left as it was.
         TypeError: ``model`` is no module, a name is no string, a rank, alpha or dropout is no number.
     """
-    _check_model(model, "apply_lora")
+    check_model(model, "apply_lora")
     _check_rank(rank)
     _check_alpha(alpha)
     check_dropout(dropout)
@@ -180,11 +180,6 @@ def apply_lora(
     targets = _find_targets(model, target_modules, saved)
     prepare(model, dict.fromkeys(targets, LayerSpec(rank, alpha, dropout, adapter_dtype)), saved)
     return model
-
-
-def _check_model(model: nn.Module, function: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_enabled(model: nn.Module, function: str) -> None:
@@ -681,7 +676,7 @@ def _is_fully_sharded(model: nn.Module) -> bool:
 
 
 def _require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinear]:
-    _check_model(model, function)
+    check_model(model, function)
     layers = adapted_layers(model)
     if not layers:
         of_peft = any(type(m).__module__.startswith("peft.") for m in model.modules())
@@ -932,7 +927,7 @@ def summary(model: nn.Module) -> str:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check_model(model, "summary")
+    check_model(model, "summary")
     groups: dict[tuple[str, str, str], list[str]] = {}
     reasons: dict[str, None] = {}
     for name, layer in adapted_layers(model).items():
