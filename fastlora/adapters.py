@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.atomic import replace_files
-from fastlora.function import _any_dtensor, check_dropout
+from fastlora.function import any_dtensor, check_dropout
 from fastlora.group import check_model
 from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import (
@@ -31,24 +31,24 @@ from fastlora.surgery import (
     HIDDEN_NAMES,
     LayerSpec,
     Selector,
-    _all_paths,
-    _inside,
-    _join,
-    _listing,
-    _require_layers,
-    _saved_tensors,
-    _shorten,
-    _uses_original,
     adapted_layers,
+    all_paths,
     check_adaptable,
     check_enabled,
     check_not_parallel,
     check_state,
     check_unmerged,
+    is_inside,
+    join_names,
     linear_names,
+    listing,
     prepare,
+    require_layers,
     saved_modules,
+    saved_tensors,
     sharded_like,
+    shorten,
+    uses_original,
 )
 
 CONFIG_NAME = "adapter_config.json"
@@ -156,8 +156,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     save = _safetensors().save
     check_model(model, "save_adapter")
     model = _unwrapped(model)
-    layers = _require_layers(model, "save_adapter")
-    if any(_uses_original(root) for root in saved_modules(model).values()):
+    layers = require_layers(model, "save_adapter")
+    if any(uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("save_adapter: inside disable_adapter the saved modules hold original values")
     config = _config_of(model, layers)
     own = _file_tensors(model)
@@ -314,10 +314,10 @@ def _file_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _tensors_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Names in PEFT's file -> the tensors of modules to save."""
     return {
-        _PREFIX + _file_path(_join(inner, name)): tensor
+        _PREFIX + _file_path(join_names(inner, name)): tensor
         for path, root in saved.items()
         for inner, module in root.named_modules(prefix=path)
-        for name, tensor in _saved_tensors(module)
+        for name, tensor in saved_tensors(module)
     }
 
 
@@ -344,12 +344,12 @@ def _check_values(tensors: Mapping[str, Tensor], function: str) -> None:
     """ValueError naming the tensors that have no values to save, or no memory to load into."""
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
-        raise ValueError(f"{function}: {_listing(meta)} on the meta device; give the model its values first")
+        raise ValueError(f"{function}: {listing(meta)} on the meta device; give the model its values first")
 
 
 def _whole(tensor: Any) -> Tensor:
     """A copy as safetensors takes it: contiguous, of memory of its own, gathered where it is sharded."""
-    if _any_dtensor(tensor):
+    if any_dtensor(tensor):
         tensor = tensor.full_tensor()
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
@@ -412,7 +412,7 @@ def _target_modules(own: Iterable[str], names: Iterable[str], saved: Iterable[st
         if sorted(filter(selector.covers, names)) == own:
             return targets if isinstance(targets, str) else list(targets)
     raise ValueError(
-        f"save_adapter: PEFT cannot adapt {_listing(own)} beside the modules to save {_listing(list(saved))}"
+        f"save_adapter: PEFT cannot adapt {listing(own)} beside the modules to save {listing(list(saved))}"
     )
 
 
@@ -429,10 +429,10 @@ def _check_names(model: nn.Module, saved: Iterable[str]) -> None:
     if extra:
         others = [path for path, m in model.named_modules() if m in extra]
         raise ValueError(
-            f"save_adapter: PEFT compares the ends of names and would take {_listing(others)} for one of the "
-            f"modules to save, {_listing(list(meant))}; rename one of them"
+            f"save_adapter: PEFT compares the ends of names and would take {listing(others)} for one of the "
+            f"modules to save, {listing(list(meant))}; rename one of them"
         )
-    tied = [", ".join(names) for m, names in _all_paths(model).items() if _is_adapted(m) and len(names) > 1]
+    tied = [", ".join(names) for m, names in all_paths(model).items() if _is_adapted(m) and len(names) > 1]
     if tied:
         warnings.warn(
             f"save_adapter: one layer has the names {'; '.join(tied)}, and PEFT would adapt the first alone",
@@ -626,10 +626,10 @@ def _find_saved(
     """The modules that PEFT would save, under their (first) names, none inside another."""
     meant = _ending_in(model, config.selector.modules_to_save)
     found = {path: module for path, _, module in _file_modules(model) if module in meant}
-    saved = {path: module for path, module in found.items() if not _inside(path, found.keys() - {path})}
-    both = [path for path in {**targets, **adapted_layers(model)} if _inside(path, saved)]
+    saved = {path: module for path, module in found.items() if not is_inside(path, found.keys() - {path})}
+    both = [path for path in {**targets, **adapted_layers(model)} if is_inside(path, saved)]
     if both:
-        raise ValueError(f"load_adapter: {_listing(both)} cannot be both adapted and in modules_to_save")
+        raise ValueError(f"load_adapter: {listing(both)} cannot be both adapted and in modules_to_save")
     return saved
 
 
@@ -641,7 +641,7 @@ def _check_coverage(
     uncovered += [path for path in saved_modules(model) if path not in saved]
     if uncovered:
         raise ValueError(
-            f"load_adapter: the file does not cover {_listing(uncovered)}, adapted or saved in this model; "
+            f"load_adapter: the file does not cover {listing(uncovered)}, adapted or saved in this model; "
             "load it into the base model"
         )
 
@@ -672,7 +672,7 @@ def _check_tensors(
         elif name not in adapters and tensor.is_floating_point() != own[name].is_floating_point():
             wrong.append(f"{name} is {tensor.dtype}, expected {own[name].dtype}")
     if wrong:
-        raise ValueError(f"load_adapter: {_shorten(wrong)}")
+        raise ValueError(f"load_adapter: {shorten(wrong)}")
 
 
 def _empty_adapter(layer: FusedLoRALinear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:

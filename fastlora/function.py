@@ -94,10 +94,10 @@ def _describe(**tensors: Tensor | None) -> str:
     )
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _any_dtensor(*tensors: Tensor) -> bool:
+def any_dtensor(*tensors: Tensor) -> bool:
     """Whether one of the tensors is a DTensor; importing that class takes a second: it is only looked up."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
@@ -113,7 +113,7 @@ def _with_whole_gradient(parameter: Any) -> Tensor:
     return parameter if placements is None else parameter.redistribute(placements=placements)
 
 
-def _shared_seed(x: Tensor) -> Tensor:
+def shared_seed(x: Tensor) -> Tensor:
     """A dropout seed that all ranks of a DTensor's mesh agree on, however their generators stand."""
     seed = reference.new_seed(x.device)
     for group in x.device_mesh.get_all_groups() if hasattr(x, "device_mesh") else ():
@@ -129,7 +129,7 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout must be in [0, 1], got {dropout}")
 
 
-def _autocast_on(x: Tensor) -> bool:
+def autocast_on(x: Tensor) -> bool:
     """Whether autocast is on for x's device; the meta device has none, and PyTorch raises when asked."""
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
@@ -137,7 +137,7 @@ def _autocast_on(x: Tensor) -> bool:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the layer computes in: autocast's where it is on and x can be cast, else x's."""
-    if _autocast_on(x) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if autocast_on(x) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -240,7 +240,7 @@ def check_arguments(
     if (
         A.dtype != B.dtype
         or (bias is not None and bias.dtype != weight.dtype)
-        or (x.dtype != weight.dtype and not _autocast_on(x))
+        or (x.dtype != weight.dtype and not autocast_on(x))
     ):
         raise ValueError(
             f"lora_linear: dtypes do not match: {given()}; expected one dtype for x, weight and bias "
@@ -325,7 +325,7 @@ def compute(
     seed: Tensor | None,
 ) -> Tensor:
     """:func:`lora_linear` of arguments that have been checked."""
-    if _autocast_on(x):
+    if autocast_on(x):
         dtype = compute_dtype(x)
         # Casting here, outside the function, gives every gradient its tensor's own dtype.
         x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
@@ -333,10 +333,10 @@ def compute(
         if seed is not None and seed.is_floating_point():
             seed = seed.to(dtype)  # the mask itself, see ops.few_mask
     types = {type(x), type(weight), type(A), type(B)}
-    if not types <= _PLAIN and _any_dtensor(x, weight, A, B):
+    if not types <= PLAIN_TENSORS and any_dtensor(x, weight, A, B):
         # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
         if dropout > 0.0 and seed is None:
-            seed = _shared_seed(x)
+            seed = shared_seed(x)
         if _CLIPS_PARTIAL_GRADIENTS_WRONGLY:
             A, B = _with_whole_gradient(A), _with_whole_gradient(B)
         return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
@@ -381,6 +381,6 @@ def plan(
         K=weight.shape[1],
         R=B.shape[0],
         dropout=dropout > 0.0,
-        adapter_dtype=compute_dtype(x) if _autocast_on(x) else A.dtype,
+        adapter_dtype=compute_dtype(x) if autocast_on(x) else A.dtype,
     )
     return make_plan(problem, current_mode())

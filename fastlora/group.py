@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from fastlora import ops, reference
 from fastlora.function import (
-    _PLAIN,
-    _any_dtensor,
-    _autocast_on,
-    _shared_seed,
+    PLAIN_TENSORS,
+    any_dtensor,
+    autocast_on,
     check_arguments,
     compute_dtype,
     lora_linear,
     needs_plain_operations,
+    shared_seed,
 )
 from fastlora.kernels.configs import MAX_BRANCHES, MAX_RANK
 from fastlora.planner import current_mode
@@ -209,16 +209,16 @@ def lora_linear_group(
         for alpha in alphas
     ]
     _check_branches(x, weights, As, Bs, alphas, biases, dropout, seed)
-    if _autocast_on(x):
+    if autocast_on(x):
         dtype = compute_dtype(x)
         # Casting here, outside the function, gives every gradient its tensor's own dtype.
         x, weights, As, Bs = x.to(dtype), *([t.to(dtype) for t in ts] for ts in (weights, As, Bs))
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     tensors = [*weights, *As, *Bs, *biases]
-    if not {type(t) for t in (x, *tensors) if t is not None} <= _PLAIN and _any_dtensor(x, *tensors):
+    if not {type(t) for t in (x, *tensors) if t is not None} <= PLAIN_TENSORS and any_dtensor(x, *tensors):
         # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
         if dropout > 0.0 and seed is None:
-            seed = _shared_seed(x)
+            seed = shared_seed(x)
         return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
     if needs_plain_operations():
         return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
@@ -304,7 +304,7 @@ class _Call:
 
 def _state(x: Tensor) -> tuple:
     """What a layer's output depends on besides its parameters and the identity of x."""
-    autocast = _autocast_on(x)
+    autocast = autocast_on(x)
     return (
         # A compiled graph has no number for it, so a parent that changes x in place between two projections
         # is no case for it.
@@ -405,7 +405,7 @@ def _only_input(values: Sequence[Any], K: int) -> Tensor | None:
     """
     found: Any = None
     for value in values:
-        if type(value) not in _PLAIN or value.dim() == 0 or value.shape[-1] != K or value is found:
+        if type(value) not in PLAIN_TENSORS or value.dim() == 0 or value.shape[-1] != K or value is found:
             continue
         if not value.is_floating_point() or (found is not None and value.dim() != found.dim()):
             continue

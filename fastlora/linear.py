@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.function import _autocast_on, check_dropout, lora_linear
+from fastlora.function import autocast_on, check_dropout, lora_linear
 
 _OWN_ATTRIBUTES = ("alpha", "dropout", "adapter_enabled", "_merged_alpha", "_weight_shared_with")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,21 +52,21 @@ def _copy_attributes(source: nn.Module, target: nn.Module) -> None:
             vars(target)[name] = value
 
 
-def _check_rank(rank: int) -> None:
+def check_rank(rank: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
         raise TypeError(f"rank must be an integer, got {rank!r}")
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
 
 
-def _check_alpha(alpha: float) -> None:
+def check_alpha(alpha: float) -> None:
     if not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a number, got {alpha!r}")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}")
 
 
-def _check_adapter_dtype(dtype: torch.dtype) -> None:
+def check_adapter_dtype(dtype: torch.dtype) -> None:
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"adapter_dtype must be a torch.dtype, got {dtype!r}")
     if dtype not in _DTYPES:
@@ -75,7 +75,7 @@ def _check_adapter_dtype(dtype: torch.dtype) -> None:
         )
 
 
-def _why_unusable(linear: nn.Linear) -> str | None:
+def why_unusable(linear: nn.Linear) -> str | None:
     """What an adapted layer would ignore or cannot read of an ``nn.Linear``, None if nothing."""
     if "forward" in vars(linear):
         return "its forward is replaced, which the adapted layer would ignore"
@@ -120,10 +120,10 @@ class FusedLoRALinear(nn.Linear):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        _check_rank(rank)
-        _check_alpha(alpha)
+        check_rank(rank)
+        check_alpha(alpha)
         check_dropout(dropout)
-        _check_adapter_dtype(adapter_dtype or dtype or torch.get_default_dtype())
+        check_adapter_dtype(adapter_dtype or dtype or torch.get_default_dtype())
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._add_adapter(rank, alpha, dropout, adapter_dtype)
 
@@ -169,13 +169,13 @@ class FusedLoRALinear(nn.Linear):
             raise ValueError(f"from_linear: the layer has an adapter already: {linear}")
         if type(linear) is not nn.Linear:
             raise TypeError(f"from_linear: expected exactly torch.nn.Linear, got {type(linear).__qualname__}")
-        why = _why_unusable(linear)
+        why = why_unusable(linear)
         if why:
             raise ValueError(f"from_linear: cannot adapt {linear}: {why}")
-        _check_rank(rank)
-        _check_alpha(alpha)
+        check_rank(rank)
+        check_alpha(alpha)
         check_dropout(dropout)
-        _check_adapter_dtype(adapter_dtype or linear.weight.dtype)
+        check_adapter_dtype(adapter_dtype or linear.weight.dtype)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -261,7 +261,7 @@ class FusedLoRALinear(nn.Linear):
         return (
             x.shape[-1] == self.in_features
             and x.device == self.weight.device == self.A.device == self.B.device
-            and (x.dtype == self.weight.dtype or _autocast_on(x))
+            and (x.dtype == self.weight.dtype or autocast_on(x))
             and self.A.dtype == self.B.dtype
         )
 

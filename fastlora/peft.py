@@ -156,7 +156,7 @@ def _what_it_has(model: nn.Module) -> str:
         return "its LoRA layers are " + ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
     if surgery.adapted_layers(model):
         return "its adapted layers are fastlora's own, which are fused already"
-    return f"wrap it by peft.get_peft_model first; {surgery._available(model)}"
+    return f"wrap it by peft.get_peft_model first; {surgery.available_layers(model)}"
 
 
 def _why_not(layer: LoraLayer) -> str:

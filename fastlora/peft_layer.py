@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from fastlora import ops
-from fastlora.function import _autocast_on, compute
+from fastlora.function import autocast_on, compute
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALF, torch.float64)
@@ -233,7 +233,7 @@ def why_not_input(layer: LoraLinear, x: Tensor, operands: Operands) -> str:
     if x.is_nested or x.layout is not torch.strided:
         return "x is nested or sparse"
     dtype, adapter_dtype = x.dtype, A.dtype
-    if _autocast_on(x):
+    if autocast_on(x):
         fits = (
             dtype in _CASTABLE
             and weight.dtype in _CASTABLE

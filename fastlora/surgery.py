@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastlora.function import _any_dtensor, check_dropout, compute_dtype
+from fastlora.function import any_dtensor, check_dropout, compute_dtype
 from fastlora.group import check_model, group_states, ungroup_projections
 from fastlora.linear import (
     FusedLoRALinear,
-    _check_adapter_dtype,
-    _check_alpha,
-    _check_rank,
     _keep_fast_path_off,
-    _why_unusable,
+    check_adapter_dtype,
+    check_alpha,
+    check_rank,
+    why_unusable,
 )
 from fastlora.planner import Problem, current_mode, describe, make_plan
 
@@ -169,11 +169,11 @@ def apply_lora(
         TypeError: ``model`` is no module, a name is no string, a rank, alpha or dropout is no number.
     """
     check_model(model, "apply_lora")
-    _check_rank(rank)
-    _check_alpha(alpha)
+    check_rank(rank)
+    check_alpha(alpha)
     check_dropout(dropout)
     if adapter_dtype is not None:
-        _check_adapter_dtype(adapter_dtype)
+        check_adapter_dtype(adapter_dtype)
     check_enabled(model, "apply_lora")
     check_not_parallel(model, "apply_lora")
     saved = _find_saved(model, _names(modules_to_save, "modules_to_save"))
@@ -185,10 +185,10 @@ def apply_lora(
 def check_enabled(model: nn.Module, function: str) -> None:
     """ValueError inside :func:`disable_adapter`, where the model does not hold its own values."""
     disabled = [path for path, layer in adapted_layers(model).items() if not layer.adapter_enabled]
-    disabled += [path for path, m in saved_modules(model).items() if _uses_original(m)]
+    disabled += [path for path, m in saved_modules(model).items() if uses_original(m)]
     if disabled:
         raise ValueError(
-            f"{function}: adapters are disabled in {_listing(disabled)}; leave disable_adapter first"
+            f"{function}: adapters are disabled in {listing(disabled)}; leave disable_adapter first"
         )
 
 
@@ -206,7 +206,7 @@ def check_unmerged(layers: Mapping[str, FusedLoRALinear], function: str) -> None
     """ValueError if a layer is merged."""
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
-        raise ValueError(f"{function}: {_listing(merged)} merged: call unmerge() first")
+        raise ValueError(f"{function}: {listing(merged)} merged: call unmerge() first")
 
 
 def _names(names: str | Iterable[str], argument: str) -> tuple[str, ...]:
@@ -221,7 +221,7 @@ def _names(names: str | Iterable[str], argument: str) -> tuple[str, ...]:
     return names
 
 
-def _all_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+def all_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module below the root with all its names."""
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -233,26 +233,26 @@ def _all_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
 def _find_saved(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     """The (first) names of the new modules to save, none inside another; ValueError for what cannot be."""
     found: dict[str, nn.Module] = {}
-    paths = _all_paths(model)
+    paths = all_paths(model)
     before = saved_modules(model)
     within = _modules_inside(before.values())
     for name in names:
         hits = {own[0]: m for m, own in paths.items() if any(matches((name,), path) for path in own)}
         if not hits:
-            raise ValueError(f"modules_to_save: no module is called {name!r}; {_available(model)}")
+            raise ValueError(f"modules_to_save: no module is called {name!r}; {available_layers(model)}")
         found.update((path, module) for path, module in hits.items() if module not in within)
-    outermost = {path: m for path, m in found.items() if not _inside(path, found.keys() - {path})}
+    outermost = {path: m for path, m in found.items() if not is_inside(path, found.keys() - {path})}
     for path, module in outermost.items():
         parts = [own for own, m in before.items() if m in _modules_inside([module])]
         if parts:
             raise ValueError(
-                f"modules_to_save: {path} contains modules that are saved already: {_listing(parts)}"
+                f"modules_to_save: {path} contains modules that are saved already: {listing(parts)}"
             )
         if not any(True for _ in module.parameters()):
             raise ValueError(f"modules_to_save: {path} ({type(module).__name__}) has no parameters to train")
-        adapted = [_join(path, inner) for inner in adapted_layers(module)]
+        adapted = [join_names(path, inner) for inner in adapted_layers(module)]
         if adapted:
-            raise ValueError(f"modules_to_save: {path} contains adapted layers: {_listing(adapted)}")
+            raise ValueError(f"modules_to_save: {path} contains adapted layers: {listing(adapted)}")
     return list(outermost)
 
 
@@ -260,11 +260,11 @@ def _modules_inside(roots: Iterable[nn.Module]) -> set[nn.Module]:
     return {module for root in roots for module in root.modules()}
 
 
-def _inside(path: str, roots: Iterable[str]) -> bool:
+def is_inside(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
-def _join(*parts: str) -> str:
+def join_names(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
@@ -284,7 +284,7 @@ def _find_targets(model: nn.Module, target_modules: str | Iterable[str], saved: 
         targets = [path for path in linear_names(model) if modules[path] not in within]
         if not targets:
             raise ValueError(
-                f"target_modules: {ALL_LINEAR!r} found no nn.Linear to adapt; {_available(model)}"
+                f"target_modules: {ALL_LINEAR!r} found no nn.Linear to adapt; {available_layers(model)}"
             )
     else:
         targets = _match_targets(model, target_modules, roots)
@@ -300,7 +300,7 @@ def check_adaptable(model: nn.Module, targets: Mapping[str, nn.Module], argument
         if why:
             problems.setdefault(why, []).append(path)
     if problems:
-        text = _shorten([f"{_listing(paths)} ({why})" for why, paths in problems.items()])
+        text = shorten([f"{listing(paths)} ({why})" for why, paths in problems.items()])
         raise ValueError(f"{argument}: cannot adapt {text}")
 
 
@@ -313,27 +313,25 @@ def _match_targets(
         (target_modules,) if isinstance(target_modules, str) else _names(target_modules, "target_modules")
     )
     within = _modules_inside(roots)
-    all_paths = _all_paths(model)
+    paths = all_paths(model)
     targets: dict[str, None] = {}
     for pattern in patterns:
         wanted = _expression(pattern) if single else (pattern,)
-        hits = {m: own[0] for m, own in all_paths.items() if any(matches(wanted, path) for path in own)}
+        hits = {m: own[0] for m, own in paths.items() if any(matches(wanted, path) for path in own)}
         both = [path for m, path in hits.items() if m in roots]
         if both:
-            raise ValueError(
-                f"target_modules: {_listing(both)} cannot be both adapted and in modules_to_save"
-            )
+            raise ValueError(f"target_modules: {listing(both)} cannot be both adapted and in modules_to_save")
         outside = [path for m, path in hits.items() if m not in within]
         if not outside:
             where = "matches only inside modules_to_save" if hits else "matches no module"
             kind = "the regular expression " if single else ""
             hint = ""
-            if single and any(matches((pattern,), path) for own in all_paths.values() for path in own):
+            if single and any(matches((pattern,), path) for own in paths.values() for path in own):
                 hint = f" as a whole (the list [{pattern!r}] would match the end of names)"
-            raise ValueError(f"target_modules: {kind}{pattern!r} {where}{hint}; {_available(model)}")
+            raise ValueError(f"target_modules: {kind}{pattern!r} {where}{hint}; {available_layers(model)}")
         targets.update(dict.fromkeys(outside))
     if not targets:
-        raise ValueError(f"target_modules: no names were given; {_available(model)}")
+        raise ValueError(f"target_modules: no names were given; {available_layers(model)}")
     return list(targets)
 
 
@@ -383,7 +381,7 @@ def _why_not_adaptable(model: nn.Module, path: str, module: Any) -> str | None:
         return f"{kind.__qualname__}, expected exactly torch.nn.Linear"
     if path.rpartition(".")[2] == "_orig_mod":
         return "torch.compile wraps this very layer and would go on calling it; compile after adapting"
-    why = _why_unusable(module)
+    why = why_unusable(module)
     if why:
         return why
     if path.rpartition(".")[2] == "out_proj":
@@ -402,20 +400,20 @@ def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
     return modules
 
 
-def _available(model: nn.Module) -> str:
+def available_layers(model: nn.Module) -> str:
     """The nn.Linear layers of a model, in a few words, for error messages."""
     names = [path for path, m in model.named_modules() if path and type(m) is nn.Linear]
     if names:
-        return f"the model's nn.Linear layers are {_listing(names)}"
-    return f"the model has no nn.Linear, only {_shorten(sorted({type(m).__name__ for m in model.modules()}))}"
+        return f"the model's nn.Linear layers are {listing(names)}"
+    return f"the model has no nn.Linear, only {shorten(sorted({type(m).__name__ for m in model.modules()}))}"
 
 
-def _listing(paths: Sequence[str]) -> str:
+def listing(paths: Sequence[str]) -> str:
     """Names for an error message, layers that differ in their numbers in one."""
-    return _shorten(list(_collapse(paths)))
+    return shorten(list(_collapse(paths)))
 
 
-def _shorten(items: Sequence[str]) -> str:
+def shorten(items: Sequence[str]) -> str:
     more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return ", ".join(items[:_SHOWN]) + more
 
@@ -453,7 +451,7 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
     """
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
-        raise ValueError(f"{_listing(lazy)} of lazy modules have no shape yet: run the model once first")
+        raise ValueError(f"{listing(lazy)} of lazy modules have no shape yet: run the model once first")
     modules = dict(model.named_modules())
     roots = [modules[path] for path in saved if "_saved_with_adapter" not in vars(modules[path])]
     was_trainable = {p: p.requires_grad for p in model.parameters()}
@@ -528,7 +526,7 @@ def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[Callable[[], Non
     outside = [_memory(tensor) for m in model.modules() if m not in inside for _, tensor in _own_tensors(m)]
     copies: dict[Tensor, nn.Parameter] = {}
     for module in inside:
-        for name, tensor in _saved_tensors(module):
+        for name, tensor in saved_tensors(module):
             original = tensor.detach()
             if not isinstance(tensor, nn.Parameter) or not _overlaps(_memory(tensor), outside):
                 original = original.clone()
@@ -537,7 +535,7 @@ def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[Callable[[], Non
             yield partial(_keep_original, module, name, original, copies.get(tensor))
 
 
-def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own parameters and persistent buffers: what its state_dict holds, without its children."""
     for name, tensor in module._parameters.items():
         if tensor is not None:
@@ -568,7 +566,7 @@ def _shared_weights(model: nn.Module) -> dict[FusedLoRALinear, tuple[str, ...]]:
     for path, module in model.named_modules():
         for name, tensor in _own_tensors(module):
             memory = _memory(tensor)
-            name = _join(path, name.removeprefix(_ORIGINAL))
+            name = join_names(path, name.removeprefix(_ORIGINAL))
             holders.setdefault(memory.where, []).append((memory, module, name))
     shared = {}
     for layer in adapted_layers(model).values():
@@ -627,7 +625,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
             not finite; a model that FSDP2 shards; inside ``disable_adapter``. The model is left as it was.
         TypeError: ``model`` is no module.
     """
-    layers = _require_layers(model, "merge_lora")
+    layers = require_layers(model, "merge_lora")
     if isinstance(model, FusedLoRALinear):
         raise ValueError("merge_lora: the model itself is the adapted layer; use its to_linear()")
     check_enabled(model, "merge_lora")
@@ -675,7 +673,7 @@ def _is_fully_sharded(model: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
 
 
-def _require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinear]:
+def require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinear]:
     check_model(model, function)
     layers = adapted_layers(model)
     if not layers:
@@ -706,12 +704,12 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             when it was marked, so that its original values are unknown.
         TypeError: on entry, if ``model`` is no module.
     """
-    layers = _require_layers(model, "disable_adapter")
+    layers = require_layers(model, "disable_adapter")
     roots = saved_modules(model)
     unknown = [path for path, root in roots.items() if not _has_original(root)]
     if unknown:
         raise ValueError(
-            f"disable_adapter: the original values of {_listing(unknown)} are unknown: it was on the meta "
+            f"disable_adapter: the original values of {listing(unknown)} are unknown: it was on the meta "
             "device when it was marked to be saved"
         )
     with ExitStack() as blocks:
@@ -776,17 +774,17 @@ def _use_nested_tensors(encoder: nn.TransformerEncoder, undo: ExitStack) -> None
 
 
 def _has_original(root: nn.Module) -> bool:
-    return all(_ORIGINAL + name in m._buffers for m in root.modules() for name, _ in _saved_tensors(m))
+    return all(_ORIGINAL + name in m._buffers for m in root.modules() for name, _ in saved_tensors(m))
 
 
-def _uses_original(root: nn.Module) -> bool:
+def uses_original(root: nn.Module) -> bool:
     return root._saved_with_adapter == "original"
 
 
 def _use_original(root: nn.Module, undo: ExitStack) -> None:
     _set(root, "_saved_with_adapter", "original", undo)
     for module in root.modules():
-        for name, _ in list(_saved_tensors(module)):
+        for name, _ in list(saved_tensors(module)):
             original: Any = module._buffers[_ORIGINAL + name]
             if name in module._parameters:
                 _set(module, name, nn.Parameter(original, requires_grad=False), undo)
@@ -804,10 +802,10 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """state_dict names of adapters and saved modules -> the model's own tensors."""
     tensors: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model).items():
-        tensors[_join(path, "A")], tensors[_join(path, "B")] = layer.A, layer.B
+        tensors[join_names(path, "A")], tensors[join_names(path, "B")] = layer.A, layer.B
     for path, root in saved_modules(model).items():
         for inner, module in root.named_modules(prefix=path):
-            tensors.update((_join(inner, name), tensor) for name, tensor in _saved_tensors(module))
+            tensors.update((join_names(inner, name), tensor) for name, tensor in saved_tensors(module))
     return {_public(name): tensor for name, tensor in tensors.items()}
 
 
@@ -829,8 +827,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: no adapted layer, or inside ``disable_adapter`` of a model with saved modules.
         TypeError: ``model`` is no module.
     """
-    layers = _require_layers(model, "adapter_state_dict")
-    if any(_uses_original(root) for root in saved_modules(model).values()):
+    layers = require_layers(model, "adapter_state_dict")
+    if any(uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("adapter_state_dict: inside disable_adapter the saved modules hold original values")
     state: Any = OrderedDict((name, t.detach().clone()) for name, t in adapter_tensors(model).items())
     state._metadata = {_public(path): {_ALPHA: float(layer.alpha)} for path, layer in layers.items()}
@@ -854,7 +852,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
             device, there or in the model), a merged layer, inside ``disable_adapter``. Nothing is copied.
         TypeError: ``model`` is no module, or ``state`` is no mapping.
     """
-    layers = _require_layers(model, "load_adapter_state_dict")
+    layers = require_layers(model, "load_adapter_state_dict")
     if not isinstance(state, Mapping):
         raise TypeError(f"load_adapter_state_dict: expected named tensors, got {type(state).__name__}")
     check_enabled(model, "load_adapter_state_dict")
@@ -863,7 +861,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     check_state({name: t.shape for name, t in tensors.items()}, state, "load_adapter_state_dict")
     unreal = [name for name, tensor in tensors.items() if tensor.is_meta]
     if unreal:
-        raise ValueError(f"load_adapter_state_dict: the model's {_listing(unreal)} are on the meta device")
+        raise ValueError(f"load_adapter_state_dict: the model's {listing(unreal)} are on the meta device")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(sharded_like(tensor, state[name]))
@@ -875,7 +873,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
 
 def sharded_like(own: Any, value: Tensor) -> Tensor:
     """``value``, or of a whole one the part that this process holds of the DTensor ``own``."""
-    if not _any_dtensor(own) or _any_dtensor(value):
+    if not any_dtensor(own) or any_dtensor(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -888,10 +886,10 @@ def check_state(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tenso
     problems = []
     missing = [name for name in expected if name not in state]
     if missing:
-        problems.append(f"missing {_listing(missing)}")
+        problems.append(f"missing {listing(missing)}")
     unexpected = [str(name) for name in state if name not in expected]
     if unexpected:
-        problems.append(f"unexpected {_listing(unexpected)}")
+        problems.append(f"unexpected {listing(unexpected)}")
     wrong = []
     for name in expected.keys() & state.keys():
         tensor, shape = state[name], tuple(expected[name])
@@ -903,7 +901,7 @@ def check_state(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tenso
             wrong.append(f"{name} is on the meta device, without values")
         elif tensor.is_complex():
             wrong.append(f"{name} is {tensor.dtype}, expected a real dtype")
-    problems += [_shorten(sorted(wrong))] if wrong else []
+    problems += [shorten(sorted(wrong))] if wrong else []
     if problems:
         raise ValueError(f"{function}: {'; '.join(problems)}")
 
@@ -937,7 +935,7 @@ def summary(model: nn.Module) -> str:
         if reason:
             reasons[f"{path}: {reason}"] = None
     for name, root in saved_modules(model).items():
-        state = "disabled" if _uses_original(root) else "trained"
+        state = "disabled" if uses_original(root) else "trained"
         groups.setdefault((_describe_shape(root), "-", state), []).append(name)
     closing = []
     for part in filter(None, [describe_part(model) for describe_part in summary_parts]):
@@ -968,7 +966,7 @@ def _group_lines(model: nn.Module) -> list[str]:
     for path, names, reason in group_states(model):
         states.setdefault((names, reason), []).append(path)
     return [
-        f"{'single' if reason else 'grouped'}: {_join(path, '/'.join(names))} ({count})"
+        f"{'single' if reason else 'grouped'}: {join_names(path, '/'.join(names))} ({count})"
         + (f": {reason}" if reason else "")
         for (names, reason), paths in states.items()
         for path, count in _collapse(paths).items()
