@@ -11,6 +11,7 @@ from fastlora.adapters import load_adapter, save_adapter
 from fastlora.function import lora_linear, plan
 from fastlora.group import group_projections, lora_linear_group, ungroup_projections
 from fastlora.linear import FusedLoRALinear
+from fastlora.overview import summary
 from fastlora.peft import fuse_peft, unfuse_peft
 from fastlora.planner import use_path
 from fastlora.surgery import (
@@ -19,7 +20,6 @@ from fastlora.surgery import (
     disable_adapter,
     load_adapter_state_dict,
     merge_lora,
-    summary,
 )
 
 __version__ = "0.1.0"

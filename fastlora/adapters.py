@@ -26,29 +26,31 @@ from fastlora.function import any_dtensor, check_dropout
 from fastlora.group import check_model
 from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import (
-    ALL_LINEAR,
     DATA_PARALLEL,
     HIDDEN_NAMES,
     LayerSpec,
-    Selector,
-    adapted_layers,
-    all_paths,
-    check_adaptable,
     check_enabled,
     check_not_parallel,
     check_state,
     check_unmerged,
+    prepare,
+    require_layers,
+    saved_tensors,
+    sharded_like,
+    uses_original,
+)
+from fastlora.targets import (
+    ALL_LINEAR,
+    Selector,
+    adapted_layers,
+    all_paths,
+    check_adaptable,
     is_inside,
     join_names,
     linear_names,
     listing,
-    prepare,
-    require_layers,
     saved_modules,
-    saved_tensors,
-    sharded_like,
     shorten,
-    uses_original,
 )
 
 CONFIG_NAME = "adapter_config.json"

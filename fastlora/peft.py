@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastlora import surgery
+from fastlora import overview, targets
 from fastlora.group import check_model
 
 if TYPE_CHECKING:
@@ -154,9 +154,9 @@ def _what_it_has(model: nn.Module) -> str:
     kinds = Counter(_kind(layer) for _, layer in _peft_lora_layers(model))
     if kinds:
         return "its LoRA layers are " + ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
-    if surgery.adapted_layers(model):
+    if targets.adapted_layers(model):
         return "its adapted layers are fastlora's own, which are fused already"
-    return f"wrap it by peft.get_peft_model first; {surgery.available_layers(model)}"
+    return f"wrap it by peft.get_peft_model first; {targets.available_layers(model)}"
 
 
 def _why_not(layer: LoraLayer) -> str:
@@ -172,7 +172,7 @@ def _why_not(layer: LoraLayer) -> str:
     return found if isinstance(found, str) else layer._fastlora_last or ""
 
 
-def _describe(model: nn.Module) -> surgery.SummaryPart | None:
+def _describe(model: nn.Module) -> overview.SummaryPart | None:
     """The rows of PEFT's LoRA layers and, as the last line, how many are fused and why others are not."""
     rows, reasons, fused = [], [], 0
     fallbacks: Counter[str] = Counter()
@@ -184,7 +184,7 @@ def _describe(model: nn.Module) -> surgery.SummaryPart | None:
             fallbacks[why] += 1
         else:
             operands = sys.modules["fastlora.peft_layer"].find_operands(layer)
-            path, reason = surgery.planned_path(operands.weight, ranks[0], operands.dropout > 0.0)
+            path, reason = overview.planned_path(operands.weight, ranks[0], operands.dropout > 0.0)
             fused += 1
         shape = f"{layer.out_features} x {layer.in_features}"
         rows.append((name, shape, ", ".join(map(str, ranks)) or "-", path))
@@ -195,7 +195,7 @@ def _describe(model: nn.Module) -> surgery.SummaryPart | None:
     closing = f"fused {fused}, fell back {fallbacks.total()}"
     if fallbacks:
         closing += ": " + "; ".join(f"{why} ({count})" for why, count in fallbacks.items())
-    return surgery.SummaryPart(rows, reasons, closing)
+    return overview.SummaryPart(rows, reasons, closing)
 
 
-surgery.summary_parts.append(_describe)
+overview.summary_parts.append(_describe)

@@ -1,4 +1,4 @@
-"""Whole models: which layers get an adapter, and the swap, merge, switch and table of all of them.
+"""Whole models: the swap of layers for adapted ones, and their merge, switch and state.
 
 A prepared model keeps its own class and module names: every targeted ``nn.Linear`` is replaced in its parents
 by a :class:`FusedLoRALinear`, and every other parameter but those of ``modules_to_save`` is frozen. A module
@@ -8,7 +8,6 @@ copy with the model and are in no state_dict, so that :func:`disable_adapter` ca
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections import OrderedDict
@@ -23,82 +22,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastlora.function import any_dtensor, check_dropout, compute_dtype
-from fastlora.group import check_model, group_states, ungroup_projections
+from fastlora.function import any_dtensor, check_dropout
+from fastlora.group import check_model, ungroup_projections
 from fastlora.linear import (
     FusedLoRALinear,
     _keep_fast_path_off,
     check_adapter_dtype,
     check_alpha,
     check_rank,
-    why_unusable,
 )
-from fastlora.planner import Problem, current_mode, describe, make_plan
+from fastlora.targets import (
+    adapted_layers,
+    checked_names,
+    find_saved,
+    find_targets,
+    join_names,
+    listing,
+    saved_modules,
+    shorten,
+)
 
-ALL_LINEAR = "all-linear"
-# What transformers and plain PyTorch models call a head that no get_output_embeddings() names.
-_HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "head")
-# Their CUDA kernels take out_proj.weight and never call the layer; PEFT refuses the same models.
-_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _ORIGINAL = "_original_"
 # The names of modules that state_dict leaves out: what checkpoint_wrapper and the old FSDP put around one.
 HIDDEN_NAMES = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ALPHA = "alpha"
-_SUMMARY_TOKENS = 4096
-_SHOWN = 12
-
-
-@dataclass(frozen=True)
-class Selector:
-    """Which module names an adapter covers, by PEFT's rules; the fields are those of adapter_config.json.
-
-    A tuple holds exact names and last parts of names (``"q_proj"`` covers ``"layers.0.q_proj"``), a string is
-    a regular expression for the whole name.
-    """
-
-    target_modules: str | tuple[str, ...]
-    exclude_modules: str | tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] = ()
-    layers_pattern: tuple[str, ...] = ()
-
-    def covers(self, path: str) -> bool:
-        """Whether the module called ``path`` gets an adapter."""
-        if self.exclude_modules and matches(self.exclude_modules, path):
-            return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
-            return False
-        if not matches(self.target_modules, path):
-            return False
-        if not self.layers_to_transform or isinstance(self.target_modules, str):
-            return True
-        # An exact name wins over the layer numbers.
-        return path in self.target_modules or self._layer_number(path) in self.layers_to_transform
-
-    def _layer_number(self, path: str) -> int | None:
-        """The first number in a name, as in ``layers.3.q_proj``, after one of ``layers_pattern`` if given."""
-        if not self.layers_pattern:
-            found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
-            return int(found.group(1)) if found else None
-        for pattern in self.layers_pattern:
-            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", path)
-            if found:
-                return int(found["number"])
-        return None
-
-
-@dataclass(frozen=True)
-class SummaryPart:
-    """What another kind of adapted layer adds to :func:`summary`."""
-
-    rows: list[tuple[str, str, str, str]]  # name, shape, rank, path
-    reasons: list[str]
-    closing: str
-
-
-# Called with the model; modules that know other kinds of layers add theirs.
-summary_parts: list[Callable[[nn.Module], SummaryPart | None]] = []
 
 
 @dataclass(frozen=True)
@@ -109,23 +57,6 @@ class LayerSpec:
     alpha: float
     dropout: float
     adapter_dtype: torch.dtype | None = None
-
-
-def matches(names: str | Iterable[str], path: str) -> bool:
-    """Whether a regular expression is all of ``path``, or one of several names is its last parts."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
-    """Every adapted layer of a model under its (first) name."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, FusedLoRALinear)}
-
-
-def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that is trained and saved with the adapters, under its (first) name."""
-    return {path: m for path, m in model.named_modules() if "_saved_with_adapter" in vars(m)}
 
 
 def apply_lora(
@@ -176,8 +107,8 @@ def apply_lora(
         check_adapter_dtype(adapter_dtype)
     check_enabled(model, "apply_lora")
     check_not_parallel(model, "apply_lora")
-    saved = _find_saved(model, _names(modules_to_save, "modules_to_save"))
-    targets = _find_targets(model, target_modules, saved)
+    saved = find_saved(model, checked_names(modules_to_save, "modules_to_save"))
+    targets = find_targets(model, target_modules, saved)
     prepare(model, dict.fromkeys(targets, LayerSpec(rank, alpha, dropout, adapter_dtype)), saved)
     return model
 
@@ -207,238 +138,6 @@ def check_unmerged(layers: Mapping[str, FusedLoRALinear], function: str) -> None
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"{function}: {listing(merged)} merged: call unmerge() first")
-
-
-def _names(names: str | Iterable[str], argument: str) -> tuple[str, ...]:
-    if not isinstance(names, Iterable):
-        raise TypeError(f"{argument}: expected names, got {names!r}")
-    names = (names,) if isinstance(names, str) else tuple(names)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"{argument}: expected names, got {name!r}")
-        if not name:
-            raise ValueError(f"{argument}: an empty name")
-    return names
-
-
-def all_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module below the root with all its names."""
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if path:
-            paths.setdefault(module, []).append(path)
-    return paths
-
-
-def _find_saved(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """The (first) names of the new modules to save, none inside another; ValueError for what cannot be."""
-    found: dict[str, nn.Module] = {}
-    paths = all_paths(model)
-    before = saved_modules(model)
-    within = _modules_inside(before.values())
-    for name in names:
-        hits = {own[0]: m for m, own in paths.items() if any(matches((name,), path) for path in own)}
-        if not hits:
-            raise ValueError(f"modules_to_save: no module is called {name!r}; {available_layers(model)}")
-        found.update((path, module) for path, module in hits.items() if module not in within)
-    outermost = {path: m for path, m in found.items() if not is_inside(path, found.keys() - {path})}
-    for path, module in outermost.items():
-        parts = [own for own, m in before.items() if m in _modules_inside([module])]
-        if parts:
-            raise ValueError(
-                f"modules_to_save: {path} contains modules that are saved already: {listing(parts)}"
-            )
-        if not any(True for _ in module.parameters()):
-            raise ValueError(f"modules_to_save: {path} ({type(module).__name__}) has no parameters to train")
-        adapted = [join_names(path, inner) for inner in adapted_layers(module)]
-        if adapted:
-            raise ValueError(f"modules_to_save: {path} contains adapted layers: {listing(adapted)}")
-    return list(outermost)
-
-
-def _modules_inside(roots: Iterable[nn.Module]) -> set[nn.Module]:
-    return {module for root in roots for module in root.modules()}
-
-
-def is_inside(path: str, roots: Iterable[str]) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for root in roots)
-
-
-def join_names(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _find_targets(model: nn.Module, target_modules: str | Iterable[str], saved: Sequence[str]) -> list[str]:
-    """The (first) names of the layers to adapt; ValueError where that is not exactly what was asked for."""
-    if isinstance(model, FusedLoRALinear):
-        raise ValueError(f"apply_lora: the model itself has an adapter already: {model}")
-    if isinstance(model, nn.Linear):
-        raise ValueError(
-            f"apply_lora: the model itself is the layer {model}, so it cannot be replaced in place; use "
-            "FusedLoRALinear.from_linear"
-        )
-    modules = dict(model.named_modules())
-    roots = [*(modules[path] for path in saved), *saved_modules(model).values()]
-    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        within = _modules_inside(roots)
-        targets = [path for path in linear_names(model) if modules[path] not in within]
-        if not targets:
-            raise ValueError(
-                f"target_modules: {ALL_LINEAR!r} found no nn.Linear to adapt; {available_layers(model)}"
-            )
-    else:
-        targets = _match_targets(model, target_modules, roots)
-    check_adaptable(model, {path: modules[path] for path in targets}, "target_modules")
-    return targets
-
-
-def check_adaptable(model: nn.Module, targets: Mapping[str, nn.Module], argument: str) -> None:
-    """ValueError naming the modules that cannot be replaced by an adapted layer, and why."""
-    problems: dict[str, list[str]] = {}
-    for path, module in targets.items():
-        why = _why_not_adaptable(model, path, module)
-        if why:
-            problems.setdefault(why, []).append(path)
-    if problems:
-        text = shorten([f"{listing(paths)} ({why})" for why, paths in problems.items()])
-        raise ValueError(f"{argument}: cannot adapt {text}")
-
-
-def _match_targets(
-    model: nn.Module, target_modules: str | Iterable[str], roots: Sequence[nn.Module]
-) -> list[str]:
-    """The (first) names of all modules that ``target_modules`` matches outside ``roots``, those to save."""
-    single = isinstance(target_modules, str)
-    patterns: tuple[str, ...] = (
-        (target_modules,) if isinstance(target_modules, str) else _names(target_modules, "target_modules")
-    )
-    within = _modules_inside(roots)
-    paths = all_paths(model)
-    targets: dict[str, None] = {}
-    for pattern in patterns:
-        wanted = _expression(pattern) if single else (pattern,)
-        hits = {m: own[0] for m, own in paths.items() if any(matches(wanted, path) for path in own)}
-        both = [path for m, path in hits.items() if m in roots]
-        if both:
-            raise ValueError(f"target_modules: {listing(both)} cannot be both adapted and in modules_to_save")
-        outside = [path for m, path in hits.items() if m not in within]
-        if not outside:
-            where = "matches only inside modules_to_save" if hits else "matches no module"
-            kind = "the regular expression " if single else ""
-            hint = ""
-            if single and any(matches((pattern,), path) for own in paths.values() for path in own):
-                hint = f" as a whole (the list [{pattern!r}] would match the end of names)"
-            raise ValueError(f"target_modules: {kind}{pattern!r} {where}{hint}; {available_layers(model)}")
-        targets.update(dict.fromkeys(outside))
-    if not targets:
-        raise ValueError(f"target_modules: no names were given; {available_layers(model)}")
-    return list(targets)
-
-
-def _expression(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"target_modules: {pattern!r} is no regular expression: {error}") from error
-    return pattern
-
-
-def linear_names(model: nn.Module, exact: bool = True, sequence_classifier: bool | None = None) -> list[str]:
-    """The (first) names of all linear layers but the output head's.
-
-    Args:
-        exact: ``nn.Linear`` itself and adapted layers alone; else, as in PEFT, subclasses and transformers'
-            ``Conv1D`` too.
-        sequence_classifier: whether a ``score`` or ``classifier`` counts as the output head (PEFT's rule,
-            from its task type); None: the conventional names of :func:`apply_lora` do.
-    """
-    hook = getattr(model, "get_output_embeddings", None)
-    head = hook() if callable(hook) else None
-    if head is None:
-        names = _HEAD_NAMES if sequence_classifier is None else ("score", "classifier") * sequence_classifier
-        head = next(
-            (child for name in names if isinstance(child := getattr(model, name, None), nn.Module)), None
-        )
-    excluded = set(head.modules()) if isinstance(head, nn.Module) else set()
-
-    def is_linear(module: nn.Module) -> bool:
-        if exact:
-            return type(module) in (nn.Linear, FusedLoRALinear)
-        return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-    return [path for path, m in model.named_modules() if path and is_linear(m) and m not in excluded]
-
-
-def _why_not_adaptable(model: nn.Module, path: str, module: Any) -> str | None:
-    """Why a module cannot be replaced by an adapted layer, None if it can."""
-    if isinstance(module, FusedLoRALinear):
-        return "adapted already: adapting a layer twice is not supported"
-    kind = type(module)
-    above = _ancestors(model, path)
-    if isinstance(above[-1], nn.MultiheadAttention) or kind.__name__ == "NonDynamicallyQuantizableLinear":
-        return "MultiheadAttention reads its weight and never calls it, so an adapter there would do nothing"
-    if kind is not nn.Linear:
-        return f"{kind.__qualname__}, expected exactly torch.nn.Linear"
-    if path.rpartition(".")[2] == "_orig_mod":
-        return "torch.compile wraps this very layer and would go on calling it; compile after adapting"
-    why = why_unusable(module)
-    if why:
-        return why
-    if path.rpartition(".")[2] == "out_proj":
-        types = [getattr(getattr(m, "config", None), "model_type", None) for m in above]
-        mamba = next((name for name in types if name in _MAMBA_TYPES), None)
-        if mamba:
-            return f"{mamba} reads its weight without calling it"
-    return None
-
-
-def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules on the way to the one called ``path``, from the model itself to its parent."""
-    modules = [model]
-    for name in path.split(".")[:-1]:
-        modules.append(modules[-1].get_submodule(name))
-    return modules
-
-
-def available_layers(model: nn.Module) -> str:
-    """The nn.Linear layers of a model, in a few words, for error messages."""
-    names = [path for path, m in model.named_modules() if path and type(m) is nn.Linear]
-    if names:
-        return f"the model's nn.Linear layers are {listing(names)}"
-    return f"the model has no nn.Linear, only {shorten(sorted({type(m).__name__ for m in model.modules()}))}"
-
-
-def listing(paths: Sequence[str]) -> str:
-    """Names for an error message, layers that differ in their numbers in one."""
-    return shorten(list(_collapse(paths)))
-
-
-def shorten(items: Sequence[str]) -> str:
-    more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
-
-
-def _collapse(paths: Iterable[str]) -> dict[str, int]:
-    """Names that differ in their numbers alone, in one with their count: layers.{0..5}.query -> 6."""
-    groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for path in paths:
-        parts = path.split(".")
-        groups.setdefault(tuple("*" if p.isdigit() else p for p in parts), []).append(parts)
-    collapsed = {}
-    for pattern, members in groups.items():
-        varying = [i for i, p in enumerate(pattern) if p == "*" and len({m[i] for m in members}) > 1]
-        name = list(members[0])
-        for i in varying:
-            name[i] = _number_range({int(m[i]) for m in members}) if len(varying) == 1 else "*"
-        collapsed[".".join(name) or "(the model itself)"] = len(members)
-    return collapsed
-
-
-def _number_range(numbers: set[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    if len(numbers) == high - low + 1:
-        return f"{{{low}..{high}}}"
-    return "{" + ",".join(map(str, sorted(numbers))) + "}"
 
 
 def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[str]) -> None:
@@ -904,113 +603,3 @@ def check_state(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tenso
     problems += [shorten(sorted(wrong))] if wrong else []
     if problems:
         raise ValueError(f"{function}: {'; '.join(problems)}")
-
-
-def summary(model: nn.Module) -> str:
-    """A table of what is adapted and trained.
-
-    One line for each group of layers that differ in their number alone: name, count, shape (out x in), rank
-    and the path that would run 4096 tokens on the layer's device in its dtype (``merged`` and ``disabled``
-    layers run as plain linears); then the modules to save, the parameter counts, and each path's reason.
-    After ``group_projections`` a line for each kind of group tells whether it runs as one, or why not.
-    A model of PEFT's ends with ``fused n, fell back m: reasons``, a reason being that of the layer's state or
-    of its last call.
-
-    Args:
-        model: any module; one without adapters has the parameter counts alone.
-
-    Returns:
-        The table, lines of text.
-
-    Raises:
-        TypeError: ``model`` is no module.
-    """
-    check_model(model, "summary")
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    reasons: dict[str, None] = {}
-    for name, layer in adapted_layers(model).items():
-        path, reason = _path_of(layer)
-        shape = f"{layer.out_features} x {layer.in_features}"
-        groups.setdefault((shape, str(layer.rank), path), []).append(name)
-        if reason:
-            reasons[f"{path}: {reason}"] = None
-    for name, root in saved_modules(model).items():
-        state = "disabled" if uses_original(root) else "trained"
-        groups.setdefault((_describe_shape(root), "-", state), []).append(name)
-    closing = []
-    for part in filter(None, [describe_part(model) for describe_part in summary_parts]):
-        for name, shape, rank, path in part.rows:
-            groups.setdefault((shape, rank, path), []).append(name)
-        reasons.update(dict.fromkeys(part.reasons))
-        closing.append(part.closing)
-    rows = [("module", "layers", "shape", "rank", "path")]
-    for (shape, rank, path), names in groups.items():
-        rows += [(name, str(count), shape, rank, path) for name, count in _collapse(names).items()]
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    share = 100 * trainable / max(total, 1)
-    return "\n".join(
-        [
-            *(_table(rows) if len(rows) > 1 else ["no adapted layers"]),
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}",
-            *reasons,
-            *_group_lines(model),
-            *closing,
-        ]
-    )
-
-
-def _group_lines(model: nn.Module) -> list[str]:
-    """Which siblings run as groups, and which stay single, and why."""
-    states: dict[tuple[tuple[str, ...], str], list[str]] = {}
-    for path, names, reason in group_states(model):
-        states.setdefault((names, reason), []).append(path)
-    return [
-        f"{'single' if reason else 'grouped'}: {join_names(path, '/'.join(names))} ({count})"
-        + (f": {reason}" if reason else "")
-        for (names, reason), paths in states.items()
-        for path, count in _collapse(paths).items()
-    ]
-
-
-def _path_of(layer: FusedLoRALinear) -> tuple[str, str]:
-    """The path of a layer's forward gemm for a usual number of tokens, and its reason."""
-    if layer.merged:
-        return "merged", ""
-    if not layer.adapter_enabled:
-        return "disabled", ""
-    return planned_path(layer.weight, layer.rank, layer.training and layer.dropout > 0.0)
-
-
-def planned_path(weight: Tensor, rank: int, dropout: bool) -> tuple[str, str]:
-    """The path of the forward gemm of weight: (N, K) for a usual number of tokens, and its reason."""
-    problem = Problem(
-        device=describe(weight.device),
-        dtype=compute_dtype(weight),
-        M=_SUMMARY_TOKENS,
-        N=weight.shape[0],
-        K=weight.shape[1],
-        R=rank,
-        dropout=dropout,
-    )
-    plan = make_plan(problem, current_mode())
-    return plan.path, plan.reason
-
-
-def _describe_shape(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear):
-        return f"{module.out_features} x {module.in_features}"
-    return f"{sum(p.numel() for p in module.parameters()):,d}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns; numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = (False, True, True, True, False)
-    return [
-        "  ".join(
-            cell.rjust(width) if flush else cell.ljust(width)
-            for cell, width, flush in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import measured, ops, planner, reference, surgery
+from fastlora import measured, ops, planner, reference
 from fastlora.kernels import configs
 from fastlora.measured import OK, Row
 from fastlora.planner import Device, Problem, Step
+from fastlora.targets import ALL_LINEAR, linear_names, matches
 
 # The (out, in) features of common 7B to 13B decoders, training and decoding.
 FEATURES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
@@ -482,7 +483,7 @@ def model_layers(name: str) -> set[tuple[int, int, int | None]]:
     config = Path(name) / "adapter_config.json"
     layers: set[tuple[int, int, int | None]]
     if not config.is_file():
-        layers = {(n, k, None) for n, k in _linear_features(_meta_model(name), surgery.ALL_LINEAR)}
+        layers = {(n, k, None) for n, k in _linear_features(_meta_model(name), ALL_LINEAR)}
     elif (weights := config.with_name("adapter_model.safetensors")).is_file():
         layers = _adapter_layers(weights)
     else:
@@ -540,11 +541,11 @@ def _meta_model(name: str) -> nn.Module:
 
 
 def _linear_features(model: nn.Module, targets: str | list[str]) -> set[tuple[int, int]]:
-    paths = surgery.linear_names(model)
-    if not (isinstance(targets, str) and targets.lower() == surgery.ALL_LINEAR):
+    paths = linear_names(model)
+    if not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         # The names are those in the model with its head, of which this one is a child called so.
         prefix = getattr(model, "base_model_prefix", "")
-        paths = [p for p in paths if surgery.matches(targets, p) or surgery.matches(targets, f"{prefix}.{p}")]
+        paths = [p for p in paths if matches(targets, p) or matches(targets, f"{prefix}.{p}")]
     layers: list[Any] = [model.get_submodule(path) for path in paths]
     return {(layer.out_features, layer.in_features) for layer in layers}
 

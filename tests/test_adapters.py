@@ -22,7 +22,7 @@ from torch import nn
 import fastlora
 from fastlora import adapters, atomic
 from fastlora.linear import FusedLoRALinear
-from fastlora.surgery import adapted_layers, saved_modules
+from fastlora.targets import adapted_layers, saved_modules
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")

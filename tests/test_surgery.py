@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastlora
-from fastlora import surgery
-from fastlora.surgery import Selector
+from fastlora import overview, targets
+from fastlora.targets import Selector
 
 WIDTH = 16
 
@@ -83,7 +83,7 @@ def trained(model):
 
 
 def adapted(model):
-    return list(surgery.adapted_layers(model))
+    return list(targets.adapted_layers(model))
 
 
 def shallow(value):
@@ -211,7 +211,7 @@ class TestTargets:
         assert {name for name, p in now.items() if p.requires_grad} == first.keys() | {
             f"layers.{i}.v.{name}" for i in range(3) for name in "AB"
         }
-        assert [layer.rank for layer in surgery.adapted_layers(model).values()] == [2, 4] * 3
+        assert [layer.rank for layer in targets.adapted_layers(model).values()] == [2, 4] * 3
 
     def test_second_call_leaves_a_frozen_adapter_frozen(self):
         model = fastlora.apply_lora(Small(), ["q"])
@@ -559,7 +559,7 @@ class TestModulesToSave:
         y = model(ids())
         trained(fastlora.apply_lora(model, ["q"], modules_to_save=["score"]))
         fastlora.apply_lora(model, ["v"], modules_to_save=[second])
-        assert list(surgery.saved_modules(model)) == ["score"]
+        assert list(targets.saved_modules(model)) == ["score"]
         with fastlora.disable_adapter(model):
             assert torch.equal(model(ids()), y)
 
@@ -678,7 +678,7 @@ class TestDisableAdapter:
     def test_a_part(self):
         model = trained(fastlora.apply_lora(Small(), ["q"]))
         with fastlora.disable_adapter(model.layers[0]):
-            enabled = [layer.adapter_enabled for layer in surgery.adapted_layers(model).values()]
+            enabled = [layer.adapter_enabled for layer in targets.adapted_layers(model).values()]
         assert enabled == [False, True, True]
 
     def test_restores_on_exception(self):
@@ -723,7 +723,7 @@ class TestDisableAdapter:
         model = Small().double().eval()
         y = model(ids())
         trained(fastlora.apply_lora(model, ["q"]))
-        for layer in surgery.adapted_layers(model).values():
+        for layer in targets.adapted_layers(model).values():
             layer.merge()
         with unchanged(model), fastlora.disable_adapter(model):
             torch.testing.assert_close(model(ids()), y, rtol=1e-12, atol=1e-12)
@@ -789,7 +789,7 @@ class TestStates:
     )
     def test_alpha_is_switched_too(self, through, tmp_path):
         model = self.make()
-        for i, layer in enumerate(surgery.adapted_layers(model).values()):
+        for i, layer in enumerate(targets.adapted_layers(model).values()):
             layer.alpha = 1.0 + i
         state, y = fastlora.adapter_state_dict(model), model(ids())
         if through == "pickle":
@@ -799,10 +799,10 @@ class TestStates:
             state = torch.load(tmp_path / "state.pt", weights_only=True)
         else:
             state = through(state)
-        for layer in surgery.adapted_layers(model).values():
+        for layer in targets.adapted_layers(model).values():
             layer.alpha = 7.0
         fastlora.load_adapter_state_dict(model, dict(state))  # tensors alone
-        assert {layer.alpha for layer in surgery.adapted_layers(model).values()} == {7.0}
+        assert {layer.alpha for layer in targets.adapted_layers(model).values()} == {7.0}
         assert not torch.equal(model(ids()), y)
         fastlora.load_adapter_state_dict(model, state)
         assert torch.equal(model(ids()), y)
@@ -1061,7 +1061,7 @@ class TestCopies:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         assert torch.isfinite(model(ids())).all()
-        assert all(not layer.A.any() and layer.B.any() for layer in surgery.adapted_layers(model).values())
+        assert all(not layer.A.any() and layer.B.any() for layer in targets.adapted_layers(model).values())
 
 
 def rows(text):
@@ -1131,13 +1131,13 @@ class TestSummary:
 
     @pytest.mark.parametrize("training", [True, False])
     def test_what_is_planned(self, training, monkeypatch):
-        problems, make_plan = [], surgery.make_plan
+        problems, make_plan = [], overview.make_plan
 
         def record(problem, mode):
             problems.append(problem)
             return make_plan(problem, mode)
 
-        monkeypatch.setattr(surgery, "make_plan", record)
+        monkeypatch.setattr(overview, "make_plan", record)
         model = fastlora.apply_lora(Small().bfloat16(), ["layers.0.v"], rank=4, dropout=0.1).train(training)
         fastlora.summary(model)
         (problem,) = problems
@@ -1336,7 +1336,7 @@ class TestSelectorIsPefts:
         except ValueError:
             theirs = None
         every_name_matches = isinstance(target, str) or all(
-            any(surgery.matches((name,), path) for path, _ in model.named_modules()) for name in target
+            any(targets.matches((name,), path) for path, _ in model.named_modules()) for name in target
         )
         if theirs is None or not every_name_matches:
             # PEFT, too, refuses containers and no match at all; a name without a match passes there.

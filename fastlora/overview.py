@@ -1,0 +1,140 @@
+"""``fastlora.summary``: the table of what is adapted, what is trained and what runs, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fastlora.function import compute_dtype
+from fastlora.group import check_model, group_states
+from fastlora.linear import FusedLoRALinear
+from fastlora.planner import Problem, current_mode, describe, make_plan
+from fastlora.surgery import uses_original
+from fastlora.targets import adapted_layers, collapse, join_names, saved_modules
+
+_SUMMARY_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class SummaryPart:
+    """What another kind of adapted layer adds to :func:`summary`."""
+
+    rows: list[tuple[str, str, str, str]]  # name, shape, rank, path
+    reasons: list[str]
+    closing: str
+
+
+# Called with the model; modules that know other kinds of layers add theirs.
+summary_parts: list[Callable[[nn.Module], SummaryPart | None]] = []
+
+
+def summary(model: nn.Module) -> str:
+    """A table of what is adapted and trained.
+
+    One line for each group of layers that differ in their number alone: name, count, shape (out x in), rank
+    and the path that would run 4096 tokens on the layer's device in its dtype (``merged`` and ``disabled``
+    layers run as plain linears); then the modules to save, the parameter counts, and each path's reason.
+    After ``group_projections`` a line for each kind of group tells whether it runs as one, or why not.
+    A model of PEFT's ends with ``fused n, fell back m: reasons``, a reason being that of the layer's state or
+    of its last call.
+
+    Args:
+        model: any module; one without adapters has the parameter counts alone.
+
+    Returns:
+        The table, lines of text.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    check_model(model, "summary")
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    reasons: dict[str, None] = {}
+    for name, layer in adapted_layers(model).items():
+        path, reason = _path_of(layer)
+        shape = f"{layer.out_features} x {layer.in_features}"
+        groups.setdefault((shape, str(layer.rank), path), []).append(name)
+        if reason:
+            reasons[f"{path}: {reason}"] = None
+    for name, root in saved_modules(model).items():
+        state = "disabled" if uses_original(root) else "trained"
+        groups.setdefault((_describe_shape(root), "-", state), []).append(name)
+    closing = []
+    for part in filter(None, [describe_part(model) for describe_part in summary_parts]):
+        for name, shape, rank, path in part.rows:
+            groups.setdefault((shape, rank, path), []).append(name)
+        reasons.update(dict.fromkeys(part.reasons))
+        closing.append(part.closing)
+    rows = [("module", "layers", "shape", "rank", "path")]
+    for (shape, rank, path), names in groups.items():
+        rows += [(name, str(count), shape, rank, path) for name, count in collapse(names).items()]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trainable / max(total, 1)
+    return "\n".join(
+        [
+            *(_table(rows) if len(rows) > 1 else ["no adapted layers"]),
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}",
+            *reasons,
+            *_group_lines(model),
+            *closing,
+        ]
+    )
+
+
+def _group_lines(model: nn.Module) -> list[str]:
+    """Which siblings run as groups, and which stay single, and why."""
+    states: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for path, names, reason in group_states(model):
+        states.setdefault((names, reason), []).append(path)
+    return [
+        f"{'single' if reason else 'grouped'}: {join_names(path, '/'.join(names))} ({count})"
+        + (f": {reason}" if reason else "")
+        for (names, reason), paths in states.items()
+        for path, count in collapse(paths).items()
+    ]
+
+
+def _path_of(layer: FusedLoRALinear) -> tuple[str, str]:
+    """The path of a layer's forward gemm for a usual number of tokens, and its reason."""
+    if layer.merged:
+        return "merged", ""
+    if not layer.adapter_enabled:
+        return "disabled", ""
+    return planned_path(layer.weight, layer.rank, layer.training and layer.dropout > 0.0)
+
+
+def planned_path(weight: Tensor, rank: int, dropout: bool) -> tuple[str, str]:
+    """The path of the forward gemm of weight: (N, K) for a usual number of tokens, and its reason."""
+    problem = Problem(
+        device=describe(weight.device),
+        dtype=compute_dtype(weight),
+        M=_SUMMARY_TOKENS,
+        N=weight.shape[0],
+        K=weight.shape[1],
+        R=rank,
+        dropout=dropout,
+    )
+    plan = make_plan(problem, current_mode())
+    return plan.path, plan.reason
+
+
+def _describe_shape(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return f"{module.out_features} x {module.in_features}"
+    return f"{sum(p.numel() for p in module.parameters()):,d}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = (False, True, True, True, False)
+    return [
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
