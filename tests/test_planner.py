@@ -147,8 +147,8 @@ class TestPins:
 
     @pytest.mark.parametrize("device", GPUS, ids=by_name)
     def test_the_faster_by_its_own_figures(self, device):
-        """The reason states both times; the path is the smaller one's."""
-        stated = re.compile(r"triton ([\d.]+) us, addmm ([\d.]+) us")
+        """The reason states both times; the path is the smaller one's, the kernel's only by a margin."""
+        stated = re.compile(r"triton ([\d.]+) us, addmm ([\d.]+) us(?:, less than (\d) us more)?$")
         seen = set()
         for N, K in SHAPES:
             for M in (1, 16, 512, 8192):
@@ -158,10 +158,16 @@ class TestPins:
                         step = getattr(plan, name)
                         match = stated.search(step.reason)
                         if match:
-                            triton, addmm = map(float, match.groups())
+                            triton, addmm, margin = (float(figure or 0) for figure in match.groups())
                             seen.add(step.path)
-                            if abs(triton - addmm) > 0.1:  # both are rounded to 0.1 us
+                            assert margin in (0, 4 if step.primitive == "token_sum" else 2)
+                            if margin:
+                                assert triton - 0.1 < addmm < triton + margin + 0.1, step
+                                assert step.path == "addmm"
+                            elif abs(triton - addmm) > 0.1:  # both are rounded to 0.1 us
                                 assert step.path == ("triton" if triton < addmm else "addmm"), step
+                                least = 4 if step.primitive == "token_sum" else 2
+                                assert step.path == "addmm" or addmm - triton > least - 0.2, step
         assert seen == {"triton", "addmm"}
 
     @pytest.mark.parametrize("device", GPUS, ids=by_name)
@@ -186,7 +192,7 @@ class TestPins:
 
     def test_the_memory_of_the_device_counts(self):
         """An H100's memory is slower than the H200's of the table, so the pass that addmm adds costs more."""
-        shape = (8192, 2048, 2048)
+        shape = (2048, 2048, 2048)
         assert planned(Device("cuda", "", 90, 132), *shape).y.path == "addmm"
         assert planned(Device("cuda", "", 90, 132, bandwidth=4.92e12), *shape).y.path == "addmm"
         assert planned(Device("cuda", "", 90, 132, bandwidth=3.35e12), *shape).y.path == "triton"
