@@ -3,6 +3,8 @@
 Each path of each product is checked against a float64 result, then the paths that passed are timed in turns,
 in one run. The rows go to a file in the user's cache folder, after every shape, so that an interrupted run
 keeps what it measured and ``--resume`` goes on from there. A path that broke the GPU is not run again.
+
+Times are those of CUDA graphs: what the host adds to calls that it launches one by one is left out.
 """
 
 from __future__ import annotations
