@@ -785,7 +785,9 @@ class TestStates:
         assert torch.equal(model(ids()), y_second)
 
     @pytest.mark.parametrize(
-        "through", [lambda state: state, copy.copy, copy.deepcopy, "pickle", "torch.save"], ids=str
+        "through",
+        [lambda state: state, copy.copy, copy.deepcopy, "pickle", "torch.save"],
+        ids=["itself", "copy", "deepcopy", "pickle", "torch.save"],
     )
     def test_alpha_is_switched_too(self, through, tmp_path):
         model = self.make()
