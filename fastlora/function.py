@@ -185,10 +185,10 @@ def needs_plain_operations() -> bool:
     torch.func.grad, vmap and their like differentiate and batch them, forward-mode derivatives follow them,
     torch.jit.trace records them.
     """
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+    # torch.compile traces torch.func's transforms into its graph, and has its own way with the others.
+    return torch._C._are_functorch_transforms_active() or (
+        not torch.compiler.is_compiling()
+        and (forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None)
     )
 
 

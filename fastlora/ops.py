@@ -661,7 +661,9 @@ def _group_backward(
         if wanting:
             rank = sum(Bs[i].shape[0] for i in wanting)
             dtype = _widest(Bs[i].dtype for i in wanting)
-            dB = _token_sum(plan.dB, x.reshape(M, K), g[:, :rank], 1.0, dtype, transposed=True, drop=drop)
+            # A slice of all of it has no rule for batched gradients.
+            part = g if rank == g.shape[1] else g[:, :rank]
+            dB = _token_sum(plan.dB, x.reshape(M, K), part, 1.0, dtype, transposed=True, drop=drop)
     return [dx, dB, *dAs, *dbiases]
 
 

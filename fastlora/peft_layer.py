@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from fastlora import ops
-from fastlora.function import autocast_on, compute
+from fastlora.function import autocast_on, compute, needs_plain_operations
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALF, torch.float64)
@@ -223,12 +222,7 @@ def why_not_input(layer: LoraLinear, x: Tensor, operands: Operands) -> str:
         return f"x is a {type(x).__name__}"
     if nn_module._has_any_global_hook():
         return "hooks on all modules"
-    # torch.compile has its own way with these.
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    ):
+    if needs_plain_operations():
         return "torch.func, forward-mode gradients or torch.jit.trace"
     if x.is_nested or x.layout is not torch.strided:
         return "x is nested or sparse"

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastlora.function import any_dtensor, check_dropout
 from fastlora.group import check_model, ungroup_projections
@@ -133,6 +134,16 @@ def check_not_parallel(model: nn.Module, function: str) -> None:
             )
 
 
+def check_own(layers: Mapping[str, FusedLoRALinear], function: str) -> None:
+    """ValueError if a parametrization computes an adapter, so that values copied into it would be lost."""
+    computed = [path for path, layer in layers.items() if not {"A", "B"} <= layer._parameters.keys()]
+    if computed:
+        raise ValueError(
+            f"{function}: a parametrization such as weight_norm computes the adapters of "
+            f"{listing(computed)}; remove it first"
+        )
+
+
 def check_unmerged(layers: Mapping[str, FusedLoRALinear], function: str) -> None:
     """ValueError if a layer is merged."""
     merged = [path for path, layer in layers.items() if layer.merged]
@@ -201,6 +212,10 @@ def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None
 def _freeze(model: nn.Module, new_roots: Iterable[nn.Module]) -> None:
     """Freeze all but adapters and saved modules; what these train stays as it was."""
     keep = {p for layer in adapted_layers(model).values() for p in (layer.A, layer.B)}
+    for layer in adapted_layers(model).values():
+        computed: Any = layer.parametrizations if is_parametrized(layer) else {}
+        for name in computed.keys() & {"A", "B"}:
+            keep.update(computed[name].parameters())
     keep.update(p for root in saved_modules(model).values() for p in root.parameters())
     for parameter in model.parameters():
         if parameter not in keep:
@@ -556,6 +571,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
         raise TypeError(f"load_adapter_state_dict: expected named tensors, got {type(state).__name__}")
     check_enabled(model, "load_adapter_state_dict")
     check_unmerged(layers, "load_adapter_state_dict")
+    check_own(layers, "load_adapter_state_dict")
     tensors = adapter_tensors(model)
     check_state({name: t.shape for name, t in tensors.items()}, state, "load_adapter_state_dict")
     unreal = [name for name, tensor in tensors.items() if tensor.is_meta]
@@ -596,6 +612,8 @@ def check_state(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tenso
             wrong.append(f"{name} is a {type(tensor).__name__}, expected a tensor")
         elif tuple(tensor.shape) != shape:
             wrong.append(f"{name} is {tuple(tensor.shape)}, expected {shape}")
+        elif tensor.layout != torch.strided:
+            wrong.append(f"{name} is {tensor.layout}, expected a dense tensor")
         elif tensor.is_meta:
             wrong.append(f"{name} is on the meta device, without values")
         elif tensor.is_complex():

@@ -151,6 +151,12 @@ def find_targets(model: nn.Module, target_modules: str | Iterable[str], saved: S
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         within = _modules_inside(roots)
         targets = [path for path in linear_names(model) if modules[path] not in within]
+        of_peft = [path for path, module in modules.items() if path and hasattr(module, "get_base_layer")]
+        if of_peft:
+            raise ValueError(
+                f"target_modules: {ALL_LINEAR!r} of a model that PEFT has adapted, in {listing(of_peft)}; "
+                "use one or the other, or name the layers"
+            )
         if not targets:
             raise ValueError(
                 f"target_modules: {ALL_LINEAR!r} found no nn.Linear to adapt; {available_layers(model)}"
@@ -223,8 +229,7 @@ def linear_names(model: nn.Module, exact: bool = True, sequence_classifier: bool
         sequence_classifier: whether a ``score`` or ``classifier`` counts as the output head (PEFT's rule,
             from its task type); None: the conventional names of :func:`apply_lora` do.
     """
-    hook = getattr(model, "get_output_embeddings", None)
-    head = hook() if callable(hook) else None
+    head = embeddings_of(model, "output")
     if head is None:
         names = _HEAD_NAMES if sequence_classifier is None else ("score", "classifier") * sequence_classifier
         head = next(
@@ -238,6 +243,15 @@ def linear_names(model: nn.Module, exact: bool = True, sequence_classifier: bool
         return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
     return [path for path, m in model.named_modules() if path and is_linear(m) and m not in excluded]
+
+
+def embeddings_of(model: nn.Module, kind: str) -> nn.Module | None:
+    """What a transformers model calls its "input" or "output" embeddings, None where it names none."""
+    getter = getattr(model, f"get_{kind}_embeddings", None)
+    try:
+        return getter() if callable(getter) else None
+    except NotImplementedError:  # a model of images, say
+        return None
 
 
 def _why_not_adaptable(model: nn.Module, path: str, module: Any) -> str | None:

@@ -1027,6 +1027,34 @@ class TestLoading:
         else:
             assert same_outputs(fastlora.load_adapter(plain, tmp_path).module, model)
 
+    @pytest.mark.parametrize("targets", [["up", "down"], "all-linear"])
+    def test_models_that_name_no_embeddings(self, targets, tmp_path):
+        """transformers raises NotImplementedError for those of CLIP, say."""
+
+        class Unnamed(Net):
+            def get_input_embeddings(self):
+                raise NotImplementedError
+
+            get_output_embeddings = get_input_embeddings
+
+        def made():
+            torch.manual_seed(5)
+            return Unnamed().eval()
+
+        model = shake(fastlora.apply_lora(made(), targets, rank=2))
+        fastlora.save_adapter(model, tmp_path)
+        assert same_outputs(fastlora.load_adapter(made(), tmp_path), model)
+
+    def test_a_model_of_speech_has_no_task(self, tmp_path):
+        """PEFT's forward for sequence to sequence passes input_ids."""
+        model = make("t5")
+        fastlora.apply_lora(model, ["q"], rank=2)
+        fastlora.save_adapter(model, tmp_path / "text")
+        model.main_input_name = "input_features"
+        fastlora.save_adapter(model, tmp_path / "speech")
+        kinds = [json.loads((tmp_path / n / CONFIG).read_text())["task_type"] for n in ("text", "speech")]
+        assert kinds == ["SEQ_2_SEQ_LM", None]
+
     def test_models_behind_checkpoint_wrappers(self, tmp_path):
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

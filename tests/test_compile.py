@@ -566,6 +566,27 @@ class TestFunctional:
         torch.testing.assert_close(hessian[0, :, 0, :], 2 * 4 * (h.T @ h))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", ["layer", "group", "peft"])
+def test_compiled_transforms_have_gradients(kind, backend):
+    """torch.func.grad inside compiled code: the operators have no gradients of their own there."""
+    x = torch.randn(2, 3, 16)
+    if kind == "peft":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        net = fastlora.fuse_peft(peft.get_peft_model(nn.Sequential(nn.Linear(16, 8)), config))
+    else:
+        net = fastlora.apply_lora(Siblings(), ["q_proj", "k_proj"], rank=2)
+        for layer in (net.q_proj, net.k_proj):
+            nn.init.normal_(layer.A)
+        if kind == "group":
+            fastlora.group_projections(net)
+    gradient = torch.func.grad(lambda x: net(x).square().sum())
+    expected = gradient(x)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(torch.compile(gradient, backend=backend)(x), expected)
+
+
 @pytest.mark.parametrize("change", [lambda alpha: alpha, lambda alpha: alpha * 2])
 def test_alpha_is_an_argument_of_compiled_code(change):
     case = tensors(3, 5, 8, 2)

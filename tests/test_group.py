@@ -1061,6 +1061,22 @@ class TestModelFunctions:
         batched = torch.func.vmap(model)(x)
         torch.testing.assert_close(batched, model(x), rtol=1e-4, atol=1e-5)
 
+    def test_batched_gradients(self):
+        problem = group(3, 24, GATE_UP)
+        x = problem.x.requires_grad_()
+        lists = [
+            [getattr(c, name).requires_grad_(name != "weight") for c in problem.cases]
+            for name in ("weight", "A", "B")
+        ]
+        ys = lora_linear_group(x, *lists, problem.alphas)
+        leaves = (x, *lists[1], *lists[2])
+        rows = [torch.randn(2, *y.shape) for y in ys]
+        batched = torch.autograd.grad(ys, leaves, rows, is_grads_batched=True, retain_graph=True)
+        for i in range(2):
+            each = torch.autograd.grad(ys, leaves, [row[i] for row in rows], retain_graph=True)
+            for ours, expected in zip(batched, each, strict=True):
+                torch.testing.assert_close(ours[i], expected, rtol=1e-3, atol=1e-4)
+
     def test_merge_lora_takes_the_groups_away(self):
         model, x = adapted(), torch.randn(2, 5, 24)
         fastlora.group_projections(model)

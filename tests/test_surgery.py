@@ -813,6 +813,37 @@ class TestStates:
         model.load_state_dict(state, strict=False)
         assert torch.equal(model(ids()), y)
 
+    def test_a_sparse_tensor_changes_nothing(self):
+        model = self.make()
+        state = fastlora.adapter_state_dict(trained(copy.deepcopy(model)))
+        state["score.0.weight"] = state["score.0.weight"].to_sparse()
+        with unchanged(model), pytest.raises(ValueError, match=r"score.0.weight is torch.sparse_coo"):
+            fastlora.load_adapter_state_dict(model, state)
+
+    def test_adapters_that_a_parametrization_computes(self):
+        """They train on; values that would be lost are refused."""
+        model = fastlora.apply_lora(Small(), ["q"])
+        layer = model.layers[0].q
+        nn.init.normal_(layer.A)
+        nn.utils.parametrizations.weight_norm(layer, "A")
+        state = fastlora.adapter_state_dict(model)
+        fastlora.apply_lora(model, ["v"])
+        assert all(p.requires_grad for p in layer.parametrizations.A.parameters())
+        assert not layer.weight.requires_grad
+        names = [n for n in fastlora.adapter_state_dict(model) if n not in state]
+        state.update((n, model.state_dict()[n]) for n in names)
+        with pytest.raises(ValueError, match=r"computes the adapters of layers.0.q; remove it first"):
+            fastlora.load_adapter_state_dict(model, state)
+
+    def test_all_linear_of_a_model_of_pefts(self):
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(Small(), peft.LoraConfig(target_modules=["q"]))
+        with (
+            unchanged(wrapped),
+            pytest.raises(ValueError, match=r"that PEFT has adapted, in .*one or the other"),
+        ):
+            fastlora.apply_lora(wrapped, "all-linear")
+
     def test_names_behind_a_checkpoint_wrapper(self):
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
