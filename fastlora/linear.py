@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from fastlora.function import autocast_on, check_dropout, lora_linear
 
 _OWN_ATTRIBUTES = ("alpha", "dropout", "adapter_enabled", "_merged_alpha", "_weight_shared_with")
+_OWN_TENSORS = ("weight", "bias", "A", "B", "parametrizations")
+# Buffers of this prefix hold what disable_adapter has taken out of a module; see fastlora.surgery.
+TRAINED = "_trained_"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOK_DICTS = (
     "_forward_hooks",
@@ -52,6 +56,16 @@ def _copy_attributes(source: nn.Module, target: nn.Module) -> None:
             vars(target)[name] = value
 
 
+def _copy_extras(source: nn.Module, target: nn.Module) -> None:
+    """Hand on what others have registered on a module, such as an observer's counters; shared, not copied."""
+    for kind in ("_parameters", "_buffers", "_modules"):
+        for name, value in vars(source)[kind].items():
+            if name not in _OWN_TENSORS and not name.startswith(TRAINED):
+                vars(target)[kind][name] = value
+                if name in source._non_persistent_buffers_set:
+                    target._non_persistent_buffers_set.add(name)
+
+
 def check_rank(rank: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
         raise TypeError(f"rank must be an integer, got {rank!r}")
@@ -80,8 +94,13 @@ def why_unusable(linear: nn.Linear) -> str | None:
     if "forward" in vars(linear):
         return "its forward is replaced, which the adapted layer would ignore"
     extra = [*(linear._parameters.keys() - {"weight", "bias"}), *linear._buffers, *linear._modules]
-    if extra or not isinstance(linear.weight, nn.Parameter):
-        return f"its weight is computed from {', '.join(sorted(extra)) or 'another tensor'}"
+    for name in ("weight", "bias"):
+        if not isinstance(getattr(linear, name), (nn.Parameter, NoneType)):
+            return f"its {name} is computed from {', '.join(sorted(extra)) or 'another tensor'}"
+    taken = [name for name in extra if name in _OWN_ATTRIBUTES or hasattr(FusedLoRALinear, name)]
+    taken += [name for name in extra if name in _OWN_TENSORS]
+    if taken:
+        return f"it holds {', '.join(sorted(taken))}, which the adapted layer has a use of its own for"
     if linear.weight.dtype not in _DTYPES:
         return f"its weight is {linear.weight.dtype}, expected a floating-point dtype of 16, 32 or 64 bits"
     return None
@@ -157,7 +176,7 @@ class FusedLoRALinear(nn.Linear):
     ) -> FusedLoRALinear:
         """An adapted layer around an existing one; shares its weight and bias (no copy) and freezes them.
 
-        The layer takes over the linear's training mode, hooks and extra attributes.
+        The layer takes over the linear's training mode, hooks, extra attributes, buffers and the like.
 
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear`` (a subclass may compute something else, or
@@ -189,6 +208,7 @@ class FusedLoRALinear(nn.Linear):
         layer.training = linear.training
         _copy_attributes(linear, layer)
         layer._add_adapter(rank, alpha, dropout, adapter_dtype)
+        _copy_extras(linear, layer)
         return layer
 
     def reset_parameters(self) -> None:
@@ -347,8 +367,8 @@ class FusedLoRALinear(nn.Linear):
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` that computes the same; this layer stays as it is.
 
-        Its weight is new (a merged layer's is shared), its bias shared, its training mode, hooks and extra
-        attributes this layer's.
+        Its weight is new (a merged layer's is shared), its bias shared, its training mode, hooks, extra
+        attributes, buffers and the like this layer's.
 
         Raises:
             ValueError: the weight with the update is not finite.
@@ -372,6 +392,7 @@ class FusedLoRALinear(nn.Linear):
         linear._is_full_backward_hook = self._is_full_backward_hook
         linear.training = self.training
         _copy_attributes(self, linear)
+        _copy_extras(self, linear)
         return linear
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -518,6 +518,17 @@ def _group_plan(
     return make_group_plan(problem, Ns, Rs, mode)
 
 
+def _in_memory(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors with their values in memory, where the kernels read them.
+
+    The dispatcher sees to it for every argument but lists of optional tensors: those may come with the
+    negative bit (``z.conj().imag`` has it) or as efficient zero tensors, which have no memory.
+    """
+    return [
+        t if t is None else torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg() for t in tensors
+    ]
+
+
 def _group_forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -535,7 +546,7 @@ def _group_forward(
     x_2d = x if x.dim() == 2 else x.reshape(M, K)
     with _scope(x):
         plan = _group_plan(x.device, x.dtype, _widest(A.dtype for A in As), M, Ns, K, Rs, dropout > 0.0, mode)
-        branches = list(zip(plan.branches, weights, As, Bs, biases, alphas, strict=True))
+        branches = list(zip(plan.branches, weights, As, Bs, _in_memory(biases), alphas, strict=True))
         if plan.one_launch:
             made = [
                 _small_forward(step.y, x_2d, weight, A, B, bias, alpha)
@@ -625,7 +636,7 @@ def _group_backward(
     A result is None where it is not asked for. x is needed for dB alone, h: (M, sum of R_i) for dA alone.
     """
     # The branches that want dB come first, so that theirs are neighbouring columns of g.
-    given = {i: dy for i, dy in enumerate(dys) if dy is not None}
+    given = {i: dy for i, dy in enumerate(_in_memory(dys)) if dy is not None}
     live = sorted(given, key=lambda i: not need_dB[i])
     wanting = [i for i in live if need_dB[i]]
     first, K, n = given[live[0]], weights[0].shape[1], len(dys)
@@ -729,22 +740,31 @@ def _is_plain_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and (kind is Tensor or kind is torch.nn.Parameter)
 
 
+def _is_direct(tensor: Tensor, mode: str) -> bool:
+    """Whether a call goes around the operator.
+
+    Not where kernels run in Triton's interpreter, for :func:`_in_memory`'s reason.
+    """
+    return mode != "triton" and _is_plain_cpu(tensor)
+
+
 def lora_forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """y: (..., N) and h: (M, R) of the arguments of ``fastlora::lora_forward``."""
-    return _forward(x, *arguments) if _is_plain_cpu(x) else _forward_operator(x, *arguments)
+    return (_forward if _is_direct(x, arguments[-1]) else _forward_operator)(x, *arguments)
 
 
 def lora_backward(dy: Tensor, *arguments) -> tuple[Tensor | None, ...]:
     """dx, dA, dB, dbias of the arguments of ``fastlora::lora_backward``; meaningless where not asked for."""
-    return _backward(dy, *arguments) if _is_plain_cpu(dy) else _backward_operator(dy, *arguments)
+    return (_backward if _is_direct(dy, arguments[-1]) else _backward_operator)(dy, *arguments)
 
 
 def group_forward(x: Tensor, *arguments) -> list[Tensor]:
     """Each y: (..., N_i), then h: (M, sum of R_i), of the arguments of ``fastlora::group_forward``."""
-    return _group_forward(x, *arguments) if _is_plain_cpu(x) else _group_forward_operator(x, *arguments)
+    return (_group_forward if _is_direct(x, arguments[-1]) else _group_forward_operator)(x, *arguments)
 
 
 def group_backward(dys: Sequence[Tensor | None], *arguments) -> list[Tensor | None]:
     """The results of ``fastlora::group_backward``; meaningless where not asked for."""
     first = next(dy for dy in dys if dy is not None)
-    return (_group_backward if _is_plain_cpu(first) else _group_backward_operator)(dys, *arguments)
+    operator = _group_backward if _is_direct(first, arguments[-1]) else _group_backward_operator
+    return operator(dys, *arguments)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastlora.function import any_dtensor, check_dropout
 from fastlora.group import check_model, ungroup_projections
 from fastlora.linear import (
+    TRAINED,
     FusedLoRALinear,
     _keep_fast_path_off,
     check_adapter_dtype,
@@ -68,7 +70,7 @@ def apply_lora(
     dropout: float = 0.0,
     *,
     adapter_dtype: torch.dtype | None = None,
-    modules_to_save: str | Iterable[str] = (),
+    modules_to_save: str | Iterable[str] | None = (),
 ) -> nn.Module:
     """Give the targeted ``nn.Linear`` layers of a model a LoRA adapter, in place, and freeze the rest.
 
@@ -87,8 +89,8 @@ def apply_lora(
         dropout: probability in [0, 1] of dropping an element of the update's input in training.
         adapter_dtype: of A and B; None for the dtype of the layer's weight.
         modules_to_save: names, matched like ``target_modules``, of modules that are trained as a whole, such
-            as a new head; :func:`adapter_state_dict` and :func:`fastlora.save_adapter` include them. A weight
-            that such a module shares with another (tied embeddings) becomes its own.
+            as a new head, or None; :func:`adapter_state_dict` and :func:`fastlora.save_adapter` include them.
+            A weight that such a module shares with another (tied embeddings) becomes its own.
 
     Returns:
         ``model``.
@@ -97,7 +99,7 @@ def apply_lora(
         ValueError: nothing matched, or one of the names matched nothing; a target that is not exactly an
             ``nn.Linear``, has an adapter already or is a module to save; the model itself is the layer; a
             rank below 1, a dropout outside [0, 1]; in DistributedDataParallel, which would not see the new
-            parameters. The model is left as it was.
+            parameters; adapters that PEFT trains, which would be frozen. The model is left as it was.
         TypeError: ``model`` is no module, a name is no string, a rank, alpha or dropout is no number.
     """
     check_model(model, "apply_lora")
@@ -108,7 +110,8 @@ def apply_lora(
         check_adapter_dtype(adapter_dtype)
     check_enabled(model, "apply_lora")
     check_not_parallel(model, "apply_lora")
-    saved = find_saved(model, checked_names(modules_to_save, "modules_to_save"))
+    names = () if modules_to_save is None else checked_names(modules_to_save, "modules_to_save")
+    saved = find_saved(model, names)
     targets = find_targets(model, target_modules, saved)
     prepare(model, dict.fromkeys(targets, LayerSpec(rank, alpha, dropout, adapter_dtype)), saved)
     return model
@@ -162,6 +165,12 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(f"{listing(lazy)} of lazy modules have no shape yet: run the model once first")
+    of_peft = [path for path, m in model.named_modules() if _is_trained_by_peft(m)]
+    if of_peft:
+        raise ValueError(
+            f"PEFT's adapters of {listing(of_peft)} are trained and would be frozen; train with one or the "
+            "other, or freeze them first"
+        )
     modules = dict(model.named_modules())
     roots = [modules[path] for path in saved if "_saved_with_adapter" not in vars(modules[path])]
     was_trainable = {p: p.requires_grad for p in model.parameters()}
@@ -192,6 +201,10 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
     shared = _shared_weights(model)
     for layer in replacements.values():
         layer._weight_shared_with = shared.get(layer, ())
+
+
+def _is_trained_by_peft(module: nn.Module) -> bool:
+    return hasattr(module, "get_base_layer") and any(p.requires_grad for p in module.parameters())
 
 
 def _remove_own_hook(module: nn.Module) -> None:
@@ -404,8 +417,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     For the reference model of DPO and the like. Blocks nest and overlap, also those of several threads: the
     model is the frozen one until the last of them ends. The parameters' values are not written, so that
     autograd graphs from outside stay valid, but what a checkpoint recomputes inside the block it recomputes
-    of the frozen model; call ``backward`` outside. A copy of the model made inside stays the frozen one. Of a
-    merged layer, the unmerged weight is held inside the block (the original up to rounding).
+    of the frozen model; call ``backward`` outside. Casts and moves made inside last. A copy of the model made
+    inside stays the frozen one, and ``state_dict`` warns that it holds original values. Of a merged layer,
+    the unmerged weight is held inside the block (the original up to rounding).
 
     Args:
         model: with at least one adapted layer (a PEFT model has a ``disable_adapter`` of its own).
@@ -470,11 +484,34 @@ def _set(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> N
     setattr(module, attribute, value)
 
 
+def _exchange(module: nn.Module, name: str, tensor: Tensor, undo: ExitStack) -> None:
+    """Put another tensor in the place of a module's own, which stays as a buffer, so that casts reach it."""
+    own = getattr(module, name)
+    kept = own.detach() if isinstance(own, nn.Parameter) else own
+    module.register_buffer(TRAINED + name, kept, persistent=False)
+    undo.callback(_put_back, module, name, own, kept)
+    setattr(module, name, tensor)
+
+
+def _put_back(module: nn.Module, name: str, own: Any, kept: Tensor) -> None:
+    now: Any = module._buffers.pop(TRAINED + name)
+    module._non_persistent_buffers_set.discard(TRAINED + name)
+    if not isinstance(own, nn.Parameter):
+        own = now
+    elif now is not kept and torch._has_compatible_shallow_copy_type(own, now):
+        # As nn.Module.to does it, for the sake of optimizers.
+        own.data = now
+        own.grad = None if own.grad is None else own.grad.to(now)
+    elif now is not kept:
+        own = nn.Parameter(now, own.requires_grad)
+    setattr(module, name, own)
+
+
 def _disable_layer(layer: FusedLoRALinear, undo: ExitStack) -> None:
     if layer._merged_alpha is not None:
         # Another tensor, not unmerge() and merge(): each pair of those would round the weight anew.
         weight = nn.Parameter(layer._updated_weight(-layer._merged_alpha), requires_grad=False)
-        _set(layer, "weight", weight, undo)
+        _exchange(layer, "weight", weight, undo)
         _set(layer, "_merged_alpha", None, undo)
     _set(layer, "adapter_enabled", False, undo)
     # The frozen model's TransformerEncoderLayer takes its fast path, whose results differ in the last bits.
@@ -497,14 +534,23 @@ def uses_original(root: nn.Module) -> bool:
 
 def _use_original(root: nn.Module, undo: ExitStack) -> None:
     _set(root, "_saved_with_adapter", "original", undo)
+    undo.callback(root.register_state_dict_pre_hook(_warn_of_original).remove)
     for module in root.modules():
         for name, _ in list(saved_tensors(module)):
             original: Any = module._buffers[_ORIGINAL + name]
             if name in module._parameters:
-                _set(module, name, nn.Parameter(original, requires_grad=False), undo)
+                _exchange(module, name, nn.Parameter(original, requires_grad=False), undo)
             else:
                 # A copy: a buffer such as BatchNorm's running mean is written by a forward pass.
-                _set(module, name, original.clone(), undo)
+                _exchange(module, name, original.clone(), undo)
+
+
+def _warn_of_original(root: nn.Module, prefix: str, keep_vars: bool) -> None:
+    warnings.warn(
+        f"state_dict inside disable_adapter: {prefix.removesuffix('.') or type(root).__name__} holds its "
+        "original values there, not the trained ones",
+        stacklevel=4,
+    )
 
 
 def _public(path: str) -> str:

@@ -24,6 +24,7 @@ from cases import (
 from tolerance import lay_out
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 import fastlora
 from fastlora import FusedLoRALinear
@@ -282,6 +283,31 @@ class TestFromLinear:
         assert plain.mark is linear.mark
         assert not vars(plain).keys() - vars(linear).keys()
 
+    def test_tensors_and_modules_of_others_go_there_and_back(self):
+        linear = nn.Linear(7, 5)
+        linear.register_buffer("calls", torch.zeros(()))
+        linear.register_buffer("last", torch.zeros(()), persistent=False)
+        linear.register_parameter("scale", nn.Parameter(torch.ones(5)))
+        linear.observer = nn.BatchNorm1d(5)
+        linear.register_forward_hook(lambda module, _, y: module.observer(y * module.scale) + module.calls)
+        x = torch.randn(4, 7)
+        y, names = linear(x), list(linear.state_dict())
+        layer = FusedLoRALinear.from_linear(linear, 3)
+        assert torch.equal(layer(x), y)
+        assert [name for name in layer.state_dict() if name not in "AB"] == names
+        assert all(getattr(layer, n) is getattr(linear, n) for n in ("calls", "last", "scale", "observer"))
+        plain = layer.to_linear()
+        assert torch.equal(plain(x), y)
+        assert list(plain.state_dict()) == names
+        assert list(dict(plain.named_buffers())) == list(dict(linear.named_buffers()))
+
+    @pytest.mark.parametrize("name", ["A", "B", "alpha", "rank", "merged", "_merged_alpha"])
+    def test_a_buffer_whose_name_the_layer_uses(self, name):
+        linear = nn.Linear(7, 5)
+        linear.register_buffer(name, torch.ones(1))
+        with pytest.raises(ValueError, match=f"it holds {name}, which the adapted layer has a use"):
+            FusedLoRALinear.from_linear(linear, 3)
+
 
 def register(module, kind, hook):
     """Register ``hook``, which takes any arguments, as a hook of one kind; returns the handle."""
@@ -392,9 +418,9 @@ class Subclass(nn.Linear):
     pass
 
 
-def with_buffer():
+def pruned(name):
     linear = nn.Linear(7, 5)
-    linear.register_buffer("scale", torch.ones(5))
+    prune.l1_unstructured(linear, name, 0.5)
     return linear
 
 
@@ -432,7 +458,12 @@ UNADAPTABLE = [
     (lambda: None, TypeError, "got NoneType"),
     (random_layer, ValueError, r"adapter already.*rank=3"),
     (with_replaced_forward, ValueError, r"in_features=7.*forward is replaced"),
-    (with_buffer, ValueError, r"in_features=7.*weight is computed from scale"),
+    (
+        lambda: pruned("weight"),
+        ValueError,
+        r"in_features=7.*weight is computed from weight_mask, weight_o",
+    ),
+    (lambda: pruned("bias"), ValueError, r"in_features=7.*bias is computed from bias_mask, bias_orig"),
     (with_weight_norm, ValueError, r"in_features=7.*computed from weight_g, weight_v"),
     (parametrized, TypeError, "got ParametrizedLinear"),
     (lambda: quantized(torch.int8), ValueError, r"in_features=7.*int8.*floating-point"),

@@ -199,3 +199,32 @@ def test_operators_enter_only_the_blocks_that_change_something(monkeypatch, curr
         assert torch.is_autocast_enabled("cuda") == autocast
     finally:
         torch.set_autocast_enabled("cuda", was_on)
+
+
+@every_run
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("special", ["negative", "zero"])
+def test_tensors_whose_memory_does_not_hold_their_values(run, rows, special):
+    """The imaginary part of a conjugate is kept negated; of some zeros nothing is kept."""
+
+    def made(shape):
+        if special == "zero":
+            return torch._efficientzerotensor(shape, device=run.device)
+        real = torch.randn(shape, device=run.device)
+        return torch.complex(real, real).conj().imag
+
+    case = tensors(rows, 24, 40, 4, torch.float32, device=run.device)
+    x, dy, bias = made((rows, 40)), made((rows, 24)), made(24)
+    assert special == "zero" or (x.is_neg() and dy.is_neg() and bias.is_neg())
+
+    def results(x, dy, bias):
+        x, A, B = (t.detach().requires_grad_() for t in (x, case.A, case.B))
+        with fastlora.use_path(run.path):
+            y = fastlora.lora_linear(x, case.weight, A, B, 1.5, bias)
+            pair = [case.weight] * 2, [A] * 2, [B] * 2, [1.0, 2.0], [bias] * 2
+            ys = (y, *fastlora.lora_linear_group(x, *pair))
+            return *ys, *torch.autograd.grad(ys, (x, A, B), (dy,) * 3)
+
+    plain = [torch.zeros_like(t) if special == "zero" else t.resolve_neg() for t in (x, dy, bias)]
+    for got, expected in zip(results(x, dy, bias), results(*plain), strict=True):
+        torch.testing.assert_close(got, expected)

@@ -383,7 +383,7 @@ BAD = {
         f"modules_to_save: no module is called 'classifier'; {EXISTING}",
     ),
     "saved number": (Small, {"modules_to_save": [3]}, TypeError, "modules_to_save: expected names, got 3"),
-    "saved None": (Small, {"modules_to_save": None}, TypeError, "modules_to_save: expected names, got None"),
+    "saved a number": (Small, {"modules_to_save": 3}, TypeError, "modules_to_save: expected names, got 3"),
     "saved without parameters": (
         Small,
         {"modules_to_save": ["score.2"]},
@@ -533,7 +533,8 @@ class TestModulesToSave:
             assert not torch.equal(state[name], originals[name])
         for _ in range(2):  # In training mode a forward pass writes running_mean, which must not stay.
             with fastlora.disable_adapter(model):
-                now = model.state_dict()
+                with pytest.warns(UserWarning, match="inside disable_adapter: score holds its original"):
+                    now = model.state_dict()
                 assert all(torch.equal(now[name], value) for name, value in originals.items())
                 assert torch.equal(model(ids()), y)
         assert all(torch.equal(fastlora.adapter_state_dict(model)[name], t) for name, t in state.items())
@@ -541,6 +542,10 @@ class TestModulesToSave:
     def test_one_name_as_a_string_in_a_frozen_model(self):
         model = fastlora.apply_lora(Small().requires_grad_(False), ["q"], modules_to_save="lm_head")
         assert model.lm_head.weight.requires_grad
+
+    def test_none(self):
+        model = fastlora.apply_lora(Small(), ["q"], modules_to_save=None)  # PEFT's default
+        assert not targets.saved_modules(model)
 
     def test_targets_inside_are_left_out(self):
         model = fastlora.apply_lora(Small(), r"layers\.\d\.q|score\..*", modules_to_save=["score"])
@@ -651,6 +656,44 @@ class TestDisableAdapter:
         with unchanged(model), fastlora.disable_adapter(model):
             assert torch.equal(model(x, mask if masked else None), y)
         assert len(calls) == 4
+
+    @pytest.mark.parametrize("swap", [False, True])
+    def test_casts_and_moves_inside_reach_what_it_has_put_aside(self, swap):
+        model = trained(fastlora.apply_lora(Small(), ["q"], modules_to_save=["score", "lm_head"]))
+        model.layers[1].q.merge()
+        expected = copy.deepcopy(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        for each in (model, expected):
+            each(ids()).square().sum().backward()
+        expected.double()
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        try:
+            with fastlora.disable_adapter(model):
+                model.double()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        tensors = [dict((*m.named_parameters(), *m.named_buffers())) for m in (model, expected)]
+        torch.testing.assert_close(*tensors, rtol=0, atol=0)
+        grads = [[p.grad for p in m.parameters() if p.grad is not None] for m in (model, expected)]
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
+        before = copy.deepcopy(model.lm_head.weight)
+        optimizer.step()
+        assert not torch.equal(model.lm_head.weight, before)
+        assert model(ids()).dtype == torch.float64
+
+    def test_moved_to_another_kind_of_tensor_inside(self):
+        model = fastlora.apply_lora(Small(), ["q"], modules_to_save=["lm_head"])
+        with fastlora.disable_adapter(model):
+            model.to("meta")
+        assert model.lm_head.weight.is_meta
+        assert model.lm_head.weight.requires_grad
+
+    def test_plain_linear_made_inside(self):
+        model = trained(fastlora.apply_lora(Small(), ["q"]))
+        layer = model.layers[0].q
+        layer.merge()
+        with fastlora.disable_adapter(model):
+            assert list(dict(layer.to_linear().named_buffers())) == []
 
     def test_blocks_overlap(self):
         """The first to enter leaves first, as two threads or tasks may: the last one ends it."""
@@ -834,6 +877,18 @@ class TestStates:
         state.update((n, model.state_dict()[n]) for n in names)
         with pytest.raises(ValueError, match=r"computes the adapters of layers.0.q; remove it first"):
             fastlora.load_adapter_state_dict(model, state)
+
+    def test_adapters_that_peft_trains_are_not_frozen(self):
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(Small(), peft.LoraConfig(target_modules=["q"]))
+        with (
+            unchanged(wrapped),
+            pytest.raises(ValueError, match=r"PEFT's adapters of .*layers\.\{0\.\.2\}\.q are"),
+        ):
+            fastlora.apply_lora(wrapped, ["v"])
+        wrapped.requires_grad_(False)
+        fastlora.apply_lora(wrapped, ["v"])
+        assert len(adapted(wrapped)) == 3
 
     def test_all_linear_of_a_model_of_pefts(self):
         peft = pytest.importorskip("peft")
