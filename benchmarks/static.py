@@ -30,7 +30,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastlora.kernels import backward, configs, gemm, group, hopper, project, small, token_sum
+from fastlora.kernels import backward, configs, gemm, group, hopper, project, small, token_sum, update
+from fastlora.kernels.tiles import in_eights
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 32, 64, 128, 256)
@@ -60,6 +61,11 @@ class Case:
     @property
     def adapter_itemsize(self) -> int:
         return 4 if self.adapter == "fp32" else 2
+
+    @property
+    def eights(self) -> bool:
+        """Whether the launcher sees rank and row stride of h, g and A as multiples of 8, not of 16."""
+        return in_eights(self.R, self.R, 1)
 
 
 @dataclass(frozen=True)
@@ -92,13 +98,16 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
             found += [Case("project", arch, M, R) for M in (16, 4096, 8192)]
             found += [Case("gemm", arch, M, R) for M in ROWS]
             found.append(Case("token_sum", arch, 8192, R))
+            found.append(Case("project", arch, 8192, R, backward=True))
+            found.append(Case("gemm", arch, 8192, R, backward=True))
+            found.append(Case("update", arch, 8192, R, dropout=True, backward=True))
             found += [Case("backward", arch, M, R, backward=True) for M in (16, 8192)]
             found += [Case("small", arch, 16, R, features=N) for N in SMALL_FEATURES]
-        for R in (16, 64):
+        for R in (16, *RANKS[1:]):
             found += [Case("project", arch, M, R, dropout=True) for M in (16, 4096, 8192)]
+        for R in (16, 64, 192):
             found += [Case("gemm", arch, M, R, dropout=True, backward=True) for M in ROWS]
             found.append(Case("token_sum", arch, 8192, R, dropout=True, backward=True))
-        found.append(Case("gemm", arch, 8192, 16, backward=True))
         for kernel in ("project", "gemm", "token_sum"):
             found.append(Case(kernel, arch, 8192, 16, dtype="fp16", adapter="fp32"))
             found.append(Case(kernel, arch, 8192, 16, adapter="fp32", backward=True))
@@ -107,6 +116,7 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
         ]
         # A wider adapter takes more shared memory: at high ranks it has configurations of its own.
         for R in (32, 64, 128, 256):
+            found.append(Case("update", arch, 8192, R, adapter="fp32", dropout=True, backward=True))
             for M in (16, 4096, 8192):
                 found.append(Case("project", arch, M, R, adapter="fp32", dropout=True))
                 found.append(Case("project", arch, M, R, adapter="fp32", backward=True))
@@ -128,7 +138,7 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
 
 
 def _project_source(case: Case):
-    config = configs.select_project(case.arch, SMS, case.M, case.R, 2, case.adapter_itemsize)
+    config = configs.select_project(case.arch, SMS, case.M, case.R, 2, case.adapter_itemsize, case.dropout)
     signature = {
         "p_ptr": f"*{case.dtype}", "stride_pm": "i32", "stride_pd": 1,
         "q_ptr": f"*{case.adapter}", "stride_qd": 1, "stride_qr": "i32",
@@ -136,7 +146,7 @@ def _project_source(case: Case):
         "seed_ptr": "*i64" if case.dropout else None, "keep_threshold": "i32", "keep_scale": "fp32",
         "M": "i32", "D": "i32", "R": "i32",
         "BLOCK_M": config.block_m, "BLOCK_D": config.block_d, "BLOCK_R": config.block_r,
-        "EVEN_D": True, "HAS_DROPOUT": case.dropout,
+        "Q_EIGHTS": case.backward and case.eights, "EVEN_D": True, "HAS_DROPOUT": case.dropout,
     }  # fmt: skip
     if case.backward:  # g = dy @ A, A: (N, R)
         signature["stride_qd"], signature["stride_qr"] = "i32", 1
@@ -158,6 +168,7 @@ def _gemm_source(case: Case):
         "M": "i32", "D": "i32", "E": "i32", "R": "i32",
         "BLOCK_M": config.block_m, "BLOCK_E": config.block_e, "BLOCK_D": config.block_d,
         "BLOCK_R": config.block_r, "RANK_BLOCKS": -(-case.R // config.block_r), "GROUP_M": config.group_m,
+        "U_EIGHTS": case.eights, "V_EIGHTS": not case.backward and case.eights,
         "EVEN_D": True, "HAS_BIAS": not case.backward, "HAS_DROPOUT": case.dropout,
     }  # fmt: skip
     return gemm._gemm_kernel, signature, config
@@ -173,7 +184,7 @@ def _token_sum_source(case: Case):
         "seed_ptr": "*i64" if case.dropout else None, "keep_threshold": "i32",
         "M": "i32", "D": "i32", "R": "i32", "tokens_per_split": "i32",
         "BLOCK_M": config.block_m, "BLOCK_D": config.block_d, "BLOCK_R": config.block_r,
-        "HAS_DROPOUT": case.dropout,
+        "U_EIGHTS": case.eights, "HAS_DROPOUT": case.dropout,
     }  # fmt: skip
     return token_sum._token_sum_kernel, signature, config
 
@@ -206,7 +217,8 @@ def _backward_source(case: Case):
         "dA_ptr": "*fp32", "stride_dAs": "i32", "stride_dAn": "i32", "stride_dAr": 1,
         "M": "i32", "N": "i32", "R": "i32", "rows": "i32",
         "BLOCK_M": config.block_m, "STEP_N": config.step_n, "BLOCK_N": config.block_n,
-        "STEP_M": config.step_m, "BLOCK_R": config.block_r, "EVEN_N": True,
+        "STEP_M": config.step_m, "BLOCK_R": config.block_r,
+        "A_EIGHTS": case.eights, "H_EIGHTS": case.eights, "EVEN_N": True,
     }  # fmt: skip
     return backward._backward_kernel, signature, config
 
@@ -230,9 +242,24 @@ def _group_dx_source(case: Case):
         "BRANCHES": case.branches,
         "BLOCK_M": config.block_m, "BLOCK_E": config.block_e, "BLOCK_D": config.block_d,
         "BLOCK_R": config.block_r, "RANK_BLOCKS": -(-case.R // config.block_r), "GROUP_M": config.group_m,
-        "EVEN_D": True, "HAS_DROPOUT": case.dropout,
+        "U_EIGHTS": case.eights, "V_EIGHTS": False, "EVEN_D": True, "HAS_DROPOUT": case.dropout,
     }  # fmt: skip
     return group._group_dx_kernel, signature, config
+
+
+def _update_source(case: Case):
+    config = configs.select_update(case.R)
+    signature = {
+        "u_ptr": f"*{case.dtype}", "stride_um": "i32", "stride_ur": 1,
+        "v_ptr": f"*{case.adapter}", "stride_vr": "i32", "stride_ve": 1,
+        "c_ptr": f"*{case.dtype}", "stride_cm": "i32",
+        "seed_ptr": "*i64", "keep_threshold": "i32", "scale": "fp32",
+        "M": "i32", "E": "i32", "R": "i32",
+        "BLOCK_M": config.block_m, "BLOCK_E": config.block_e,
+        "BLOCK_R": config.block_r, "RANK_BLOCKS": -(-case.R // config.block_r),
+        "U_EIGHTS": case.eights, "V_EIGHTS": False,
+    }  # fmt: skip
+    return update._update_kernel, signature, config
 
 
 def _hopper_source(case: Case):
@@ -259,6 +286,7 @@ _SOURCES = {
     "small": _small_source,
     "backward": _backward_source,
     "group_dx": _group_dx_source,
+    "update": _update_source,
     "hopper": _hopper_source,
 }
 # Arguments whose values the launcher sees as multiples of 16 in these cases; the rank only from 16 on.
@@ -275,7 +303,7 @@ def compile_case(case: Case) -> Row:
             continue
         signature[name] = value
         rank_sized = name in ("R", "stride_um", "stride_hm", "stride_an", "stride_gm", "stride_dAn") or (
-            name == "stride_qd" and case.backward
+            (name == "stride_qd" and case.kernel == "project") or (name == "stride_ve" and not case.backward)
         )
         aligned = value.startswith("*") or value == "i32"
         if aligned and name not in _NEVER_DIVISIBLE and not (rank_sized and case.R % 16):
@@ -287,7 +315,7 @@ def compile_case(case: Case) -> Row:
         )
     else:
         source = ASTSource(kernel, signature, constexprs, attrs)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options = {n: getattr(config, n) for n in ("num_warps", "num_stages") if hasattr(config, n)}
     compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     registers, spills, warnings = _ptxas(compiled.asm["ptx"])
     mma, mma_count, async_copies = _instructions(compiled.asm["cubin"])

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # Raised whenever the meaning of a row changes, or the kernels so much that older times are of no use.
-VERSION = 1
+VERSION = 2
 OK = "ok"
 # The products of a layer, and with them the sizes that each depends on; "forward" is h and y together, which
 # one launch makes for few tokens, "g+dA" these two together, which one launch makes from one reading of dy.
@@ -131,10 +131,12 @@ class Table:
         """The paths that failed a check in this family."""
         return frozenset(self._failed.get(key, ()))
 
-    def find(self, key: tuple, M: int, N: int, K: int, R: int, refused: frozenset[str]) -> Finding | None:
+    def find(
+        self, key: tuple, M: int, N: int, K: int, R: int, refused: frozenset[str], exact: bool
+    ) -> Finding | None:
         """The rows of the nearest shape in this family, None where none is near or no path may be chosen.
 
-        ``refused``: paths that may not, though they passed at this shape.
+        ``refused``: paths that may not, though they passed at this shape. ``exact``: of this N and K alone.
         """
         asked = {"N": N, "K": K}
 
@@ -145,7 +147,7 @@ class Table:
         shapes = [
             shape
             for shape in self._rows.get(key, ())
-            if bucket(shape[0]) == bucket(M) and max(ratios(shape)) <= _NEAR
+            if bucket(shape[0]) == bucket(M) and max(ratios(shape)) <= (0 if exact else _NEAR)
         ]
         if not shapes:
             return None
@@ -274,15 +276,27 @@ def _tables(gpu: str, capability: int) -> tuple[Table, ...]:
 
 
 def find(
-    gpu: str, capability: int, dtype: str, product: str, M: int, N: int, K: int, R: int, dropout: bool = False
+    gpu: str,
+    capability: int,
+    dtype: str,
+    product: str,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dropout: bool = False,
+    exact: bool = False,
 ) -> Finding | None:
-    """What the rows say of a product at this shape; the user's rows come first. Never raises."""
+    """What the rows say of a product at this shape; the user's rows come first. Never raises.
+
+    ``exact``: rows of other N and K say nothing of it.
+    """
     tables = _tables(gpu, capability)
     if not tables or not (M and N and K and R):
         return None
     key = family(gpu, capability, triton_version(), dtype, product, R, dropout)
     refused = failed(gpu, capability, dtype, product, R, dropout)
-    findings = (table.find(key, M, N, K, R, refused) for table in tables)
+    findings = (table.find(key, M, N, K, R, refused, exact) for table in tables)
     return next((finding for finding in findings if finding), None)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastlora import flops, reference
 from fastlora.kernels.configs import HopperConfig, select_gemm
 from fastlora.planner import (
+    ALIGNED,
     GroupPlan,
     Plan,
     Problem,
@@ -111,6 +112,24 @@ def few_mask(x: Tensor, dropout: float, dtype: torch.dtype) -> Tensor | None:
     return torch.empty(shape, dtype=dtype).bernoulli_(1.0 - dropout)
 
 
+def _for_kernels(p: Tensor, mode: str) -> Tensor:
+    """p: (M, D), aligned unless a path was asked for: that takes p as it is."""
+    return _aligned(p) if mode == "auto" and p.is_cuda else p
+
+
+def _aligned(p: Tensor) -> Tensor:
+    """p: (M, D) as the kernels read it fast, 16 bytes at a time; a copy where its strides forbid that.
+
+    A slice may begin anywhere, and the gradient of a sum has strides of zero. The copy is one pass; without
+    it every product would be several times slower.
+    """
+    rows, columns = p.stride()
+    outer = rows if columns == 1 else columns
+    fast = (rows == 1 or columns == 1) and outer % ALIGNED == 0 and p.data_ptr() % 16 == 0
+    # The rows of a copy begin no better where their length is no multiple.
+    return p if fast or p.shape[1] % ALIGNED else p.clone(memory_format=torch.contiguous_format)
+
+
 def _project(step: Step, p: Tensor, q: Tensor, drop: _Dropout | None = None) -> Tensor:
     """drop(p): (M, D) @ q: (D, R) -> (M, R) in p's dtype."""
     if step.path == "triton":
@@ -157,6 +176,10 @@ def _gemm(
     c = torch.mm(p, q) if bias is None else torch.addmm(bias, p, q)
     if drop is None:
         return c.addmm_(u, v.to(p.dtype), alpha=scale)
+    if step.config is not None:
+        from fastlora.kernels.update import add_update
+
+        return add_update(c, u, v, scale * drop.scale, step.config, drop.seed, drop.threshold)
     return c.addcmul_(torch.mm(u, v.to(p.dtype)), drop.keep(), value=scale * drop.scale)
 
 
@@ -398,8 +421,9 @@ def _forward(
             y = x.new_zeros((M, N)) if bias is None else x.new_empty((M, N)).copy_(bias)
             h = x.new_zeros((M, R))
         elif plan.one_launch:
-            y, h = _small_forward(plan.y, x_2d, weight, A, B, bias, alpha)
+            y, h = _small_forward(plan.y, _for_kernels(x_2d, mode), weight, A, B, bias, alpha)
         else:
+            x_2d = _for_kernels(x_2d, mode)
             h = _project(plan.h, x_2d, B.t(), _dropout(dropout, seed, M, K)).contiguous()
             y = _gemm(plan.y, x_2d, weight.t(), h, A.t(), alpha, bias)
     if flat:
@@ -458,6 +482,7 @@ def _backward(
             dA = A.new_zeros(A.shape) if need_dA else None
             dB = B.new_zeros(B.shape) if need_dB else None
             return dx, dA, dB, dbias
+        dy_2d = _for_kernels(dy_2d, mode)
         if plan.g_with_dA:
             g, dA = _g_and_dA(plan.g, dy_2d, A, h, alpha)
         else:
@@ -469,7 +494,7 @@ def _backward(
             dx = _gemm(plan.dx, dy_2d, weight, g, B, alpha, drop=drop)
             dx = dx if flat else dx.reshape(*dy.shape[:-1], K)
         if need_dB:
-            x_2d = x if flat else x.reshape(M, K)
+            x_2d = _for_kernels(x if flat else x.reshape(M, K), mode)
             dB = _token_sum(plan.dB, x_2d, g, alpha, B.dtype, transposed=True, drop=drop)
     return dx, dA, dB, dbias
 
@@ -543,7 +568,7 @@ def _group_forward(
     """x: (..., K), weights: (N_i, K), As: (N_i, R_i), Bs: (R_i, K) -> each y: (..., N_i), h: (M, sum R_i)."""
     M, K = _rows(x), x.shape[-1]
     Ns, Rs = tuple(w.shape[0] for w in weights), tuple(B.shape[0] for B in Bs)
-    x_2d = x if x.dim() == 2 else x.reshape(M, K)
+    x_2d = _for_kernels(x if x.dim() == 2 else x.reshape(M, K), mode)
     with _scope(x):
         plan = _group_plan(x.device, x.dtype, _widest(A.dtype for A in As), M, Ns, K, Rs, dropout > 0.0, mode)
         branches = list(zip(plan.branches, weights, As, Bs, _in_memory(biases), alphas, strict=True))
@@ -641,7 +666,7 @@ def _group_backward(
     wanting = [i for i in live if need_dB[i]]
     first, K, n = given[live[0]], weights[0].shape[1], len(dys)
     M = _rows(first)
-    dys_2d = {i: given[i].reshape(M, weights[i].shape[0]) for i in live}
+    dys_2d = {i: _for_kernels(given[i].reshape(M, weights[i].shape[0]), mode) for i in live}
     dx = dB = None
     dAs: list[Tensor | None] = [None] * n
     dbiases: list[Tensor | None] = [None] * n
@@ -674,7 +699,9 @@ def _group_backward(
             dtype = _widest(Bs[i].dtype for i in wanting)
             # A slice of all of it has no rule for batched gradients.
             part = g if rank == g.shape[1] else g[:, :rank]
-            dB = _token_sum(plan.dB, x.reshape(M, K), part, 1.0, dtype, transposed=True, drop=drop)
+            dB = _token_sum(
+                plan.dB, _for_kernels(x.reshape(M, K), mode), part, 1.0, dtype, transposed=True, drop=drop
+            )
     return [dx, dB, *dAs, *dbiases]
 
 

@@ -58,25 +58,32 @@ class Device:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Rates of a GPU of ``sms`` multiprocessors, and the share of cuBLAS's that the classic loop reaches."""
+    """Rates of a GPU of ``sms`` multiprocessors, and the share of cuBLAS's that the classic loop reaches.
+
+    ``tile``: seconds of each tile of C in which no product is under way, for what comes before and after the
+    loop; 0 where a second program on the multiprocessor hides it.
+    """
 
     flops: float
     bytes: float
     loop_efficiency: float
     sms: int
+    tile: float = 0.0
 
 
 # Dense bf16 operations and bytes a second. 90: measured on an H200 (large torch.mm, device copy); the others
-# are the vendor's data sheets: A100 SXM, A40, L40S, B200, RTX 5090. The efficiencies are estimates, until
-# rows are measured; 0 means that the architecture needs a main loop of its own first.
+# are the vendor's data sheets: A100 SXM, A40, L40S, B200, RTX 5090. The efficiencies and the seconds a tile
+# are estimates, until rows are measured; 0 means that the architecture needs a main loop of its own first.
 ROOFLINES = {
-    80: Roofline(312e12, 2.0e12, 0.97, 108),
-    86: Roofline(150e12, 0.70e12, 0.97, 84),
-    89: Roofline(362e12, 0.86e12, 0.97, 142),
-    90: Roofline(790e12, 4.3e12, 0.87, 132),
+    80: Roofline(312e12, 2.0e12, 0.95, 108),
+    86: Roofline(150e12, 0.70e12, 0.95, 84),
+    89: Roofline(362e12, 0.86e12, 0.95, 142),
+    90: Roofline(790e12, 4.3e12, 0.92, 132, 3e-6),
     100: Roofline(2250e12, 8.0e12, 0.0, 148),
     120: Roofline(210e12, 1.79e12, 0.0, 170),
 }
+# GeForce cards of these architectures sum products in fp32 at half the rate.
+_GEFORCE_HALVES = (86, 89)
 # What large copies reach of a memory's nominal rate: 4.3 of 4.9 TB/s on an H200, 3.0 of 3.35 on an H100.
 _COPY_SHARE = 0.88
 # Share of the memory's rate that a skinny product reaches, and one kernel's launch in seconds: estimates.
@@ -88,6 +95,12 @@ _MARGIN = 2e-6
 # Triton releases under which the Gluon kernel compiles (Gluon's names change), and the fewest tokens for it.
 _HOPPER_TRITON = tuple(f"{version}{measured.HOPPER}" for version in ("3.6", "3.7", "3.8", "3.9"))
 _HOPPER_TOKENS = 128
+# The mask of dropout: integer instructions an element, and how many of them a multiprocessor does a second.
+_MASK, _INTEGER_RATE = 10, 64 * 1.5e9
+# The share of the loop's rate that is left beside the mask, whose registers the widest tiles lack.
+_MASKED_LOOP = 0.9
+# The kernels read 16 bytes at a time only where sizes and strides are multiples of this many elements.
+ALIGNED = 16
 # How much faster than memory the L2 cache is at the least: an estimate, for what every program reads again.
 _L2 = 1.3
 
@@ -96,7 +109,9 @@ _L2 = 1.3
 class Step:
     """How one product is computed: ``config`` is the kernel's tile shape, None unless ``path`` is triton.
 
-    ``apart``: how it is computed where the other product of its launch is not asked for.
+    Of dx with dropout the addmm form may have one too, an ``UpdateConfig``: a kernel then adds the dropped
+    update to the BLAS's product, where PyTorch's operations would write the mask. ``apart``: how it is
+    computed where the other product of its launch is not asked for.
     """
 
     primitive: str
@@ -408,9 +423,8 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
     triton, addmm = _times(p, "dx", config)
     # Each further branch of the chain reads dx again and is another launch.
     addmm += (len(Ns) - 1) * (2 * p.M * p.K / loop.bytes + _LAUNCH)
-    path = "triton" if triton <= addmm else "addmm"
     reason = f"{_estimated(p)}: triton {triton * 1e6:.1f} us, addmm {addmm * 1e6:.1f} us"
-    return Step(dx.primitive, path, config if path == "triton" else None, reason)
+    return Step(dx.primitive, "triton", config, reason) if triton <= addmm else blas_step(p, "dx", reason)
 
 
 def _uniform_plan(problem: Problem, path: str, reason: str) -> Plan:
@@ -469,6 +483,14 @@ def _g_with_dA(steps: dict[str, Step], config: configs.BackwardConfig, reason: s
     return {**steps, "g": g, "dA": dA}
 
 
+def blas_step(problem: Problem, name: str, reason: str) -> Step:
+    """The step of one product by the BLAS, without writing a mask if a kernel can help."""
+    step = _step(problem, name, "addmm", reason)
+    if not (problem.dropout and name == "dx") or kernel_step(problem, name).config is None:
+        return step
+    return dataclasses.replace(step, config=configs.select_update(problem.R))
+
+
 def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
     primitive, D, E = _sizes(problem, name)
     config = None
@@ -477,7 +499,10 @@ def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
         capability = problem.device.capability or configs.MIN_CAPABILITY
         M, R, itemsize, sms = problem.M, problem.R, problem.dtype.itemsize, problem.device.sms or 8
         if primitive == "project":
-            config = configs.select_project(capability, sms, M, R, itemsize, problem.adapter_itemsize)
+            dropped = problem.dropout and name == "h"
+            config = configs.select_project(
+                capability, sms, M, R, itemsize, problem.adapter_itemsize, dropped
+            )
         elif primitive == "gemm":
             config = hopper_config(problem, name) or configs.select_gemm(
                 capability, M, E, R, itemsize, problem.dropout and name == "dx"
@@ -508,6 +533,8 @@ def _chosen_plan(problem: Problem) -> Plan:
     steps = {
         name: _estimated_step(problem, name)
         if finding is None
+        else blas_step(problem, name, finding.reason)
+        if finding.path == "addmm"
         else _step(problem, name, finding.path, finding.reason)
         for name, finding in found.items()
     }
@@ -542,7 +569,18 @@ def _key(problem: Problem, product: str) -> dict[str, Any]:
 
 
 def _find(problem: Problem, product: str) -> measured.Finding | None:
-    return measured.find(**_key(problem, product), M=problem.M, N=problem.N, K=problem.K)
+    return measured.find(
+        **_key(problem, product),
+        M=problem.M,
+        N=problem.N,
+        K=problem.K,
+        exact=not _is_aligned(problem, product),
+    )
+
+
+def _is_aligned(problem: Problem, product: str) -> bool:
+    """Whether the kernels can read the operands of a product 16 bytes at a time."""
+    return not any(getattr(problem, size) % ALIGNED for size in measured.SIZES[product])
 
 
 def _estimated_step(problem: Problem, name: str) -> Step:
@@ -550,22 +588,24 @@ def _estimated_step(problem: Problem, name: str) -> Step:
     kernel = kernel_step(problem, name)
     if kernel.config is None:
         return Step(kernel.primitive, "addmm", None, "empty: nothing to launch")
-    if "triton" in measured.failed(**_key(problem, name)):
-        return Step(
-            kernel.primitive, "addmm", None, "the kernel failed its check on this GPU at another shape"
-        )
-    if problem.dropout and name in DROPPED:
+    failed = measured.failed(**_key(problem, name))
+    if {"triton", "addmm"} <= failed:
+        return Step(kernel.primitive, "addmm", None, "the kernels failed their checks on this GPU")
+    if "triton" in failed:
+        return blas_step(problem, name, "the kernel failed its check on this GPU at another shape")
+    if problem.dropout and name in ("h", "dB"):
         reason = "dropout: only the kernels apply it without writing a mask"
         return Step(kernel.primitive, "triton", kernel.config, reason)
+    if "addmm" in failed:
+        return dataclasses.replace(kernel, reason="the addmm form failed its check on this GPU")
+    if not _is_aligned(problem, name):
+        sizes = ", ".join(f"{size}={getattr(problem, size)}" for size in measured.SIZES[name])
+        return blas_step(problem, name, f"{sizes}: the kernels are slow where a size is no multiple of 16")
     if isinstance(kernel.config, configs.HopperConfig):
         reason = "FASTLORA_HOPPER=1 asks for the warp-specialised loop, which has not been measured"
         return Step(kernel.primitive, "triton", kernel.config, reason)
     reason, faster = _compare(problem, name, kernel.config)
-    return (
-        Step(kernel.primitive, "triton", kernel.config, reason)
-        if faster
-        else Step(kernel.primitive, "addmm", None, reason)
-    )
+    return dataclasses.replace(kernel, reason=reason) if faster else blas_step(problem, name, reason)
 
 
 def _compare(problem: Problem, name: str, config) -> tuple[str, bool]:
@@ -585,6 +625,8 @@ def _why_one_launch(problem: Problem, config: configs.SmallConfig) -> str | None
     roofline = _loop(problem)
     if not roofline.loop_efficiency or "small" in measured.failed(**_key(problem, "forward")):
         return None
+    if not _is_aligned(problem, "forward"):
+        return None
     one = estimate_small(roofline, problem.device.sms, problem.M, problem.N, problem.K, problem.R, config)
     apart = sum(min(_times(problem, name, kernel_step(problem, name).config)) for name in ("h", "y"))
     if one > apart:
@@ -598,15 +640,18 @@ def _estimated(problem: Problem) -> str:
 
 def _loop(problem: Problem) -> Roofline:
     """The rates of the device; of one architecture, an H100's memory has 0.7 of the rate of an H200's."""
-    return _roofline(problem.device.capability, problem.device.sms, problem.device.bandwidth)
+    return _roofline(problem.device)
 
 
 @functools.cache
-def _roofline(capability: int, sms: int, bandwidth: float) -> Roofline:
-    roofline = ROOFLINES[configs.nearest_capability(capability)]
+def _roofline(device: Device) -> Roofline:
+    capability, sms, bandwidth = configs.nearest_capability(device.capability), device.sms, device.bandwidth
+    roofline = ROOFLINES[capability]
+    halved = "GeForce" in device.name and capability in _GEFORCE_HALVES
+    flops = roofline.flops / 2 if halved else roofline.flops
     return dataclasses.replace(
         roofline,
-        flops=roofline.flops * sms / roofline.sms if sms else roofline.flops,
+        flops=flops * sms / roofline.sms if sms else flops,
         bytes=_COPY_SHARE * bandwidth if bandwidth else roofline.bytes,
     )
 
@@ -614,7 +659,10 @@ def _roofline(capability: int, sms: int, bandwidth: float) -> Roofline:
 def _times(problem: Problem, name: str, config) -> tuple[float, float]:
     """Estimated seconds of one step by its kernel and by addmm."""
     primitive, D, E = _sizes(problem, name)
-    return estimate(primitive, _loop(problem), problem.device.sms, problem.M, D, E, problem.R, config)
+    dropped = problem.dropout and name == "dx"
+    return estimate(
+        primitive, _loop(problem), problem.device.sms, problem.M, D, E, problem.R, config, dropped
+    )
 
 
 def _share(programs: int, sms: int) -> float:
@@ -637,26 +685,45 @@ def estimate_small(
 
 
 def estimate(
-    primitive: str, roofline: Roofline, sms: int, M: int, D: int, E: int, R: int, config
+    primitive: str,
+    roofline: Roofline,
+    sms: int,
+    M: int,
+    D: int,
+    E: int,
+    R: int,
+    config,
+    dropped: bool = False,
 ) -> tuple[float, float]:
     """Seconds of one half-precision product by the kernel and by the addmm form: max(operations, bytes) each.
 
-    A kernel with fewer programs than multiprocessors draws only its share of the memory's rate; cuBLAS is
-    taken to split such products further. Nothing here was measured beyond the two rates of ``roofline``.
+    A kernel with fewer programs than multiprocessors draws only its share of the memory's rate, and its last
+    tiles leave multiprocessors idle; cuBLAS is taken to split its products so that neither happens. Nothing
+    here was measured beyond the two rates of ``roofline``. ``dropped``: whether the update of gemm is.
     """
     rank = max(R, 16)  # tensor-core tiles are at least 16 wide
     if primitive == "gemm":
         flops = 2 * M * E * D
         moved = 2 * (M * D + D * E + M * E)
+        mask = M * E * _MASK / (_INTEGER_RATE * max(sms, 1)) if dropped else 0.0
         programs = -(-M // config.block_m) * -(-E // config.block_e)
-        share = _share(programs, sms)
+        waves = -(-programs // max(sms, 1))
+        rate = roofline.flops * roofline.loop_efficiency * (_MASKED_LOOP if dropped else 1.0)
         triton = max(
-            (flops + 2 * M * E * rank) / (roofline.flops * roofline.loop_efficiency), moved / roofline.bytes
+            ((flops + 2 * M * E * rank) / rate + mask) * waves * max(sms, 1) / programs,
+            moved / roofline.bytes / _share(programs, sms),
         )
-        # The update is written first; P @ Q, which is added onto it, reads it beside its operations.
-        plain = max(flops / roofline.flops, (moved + 2 * M * E) / roofline.bytes)
-        update = max(2 * M * E * rank / roofline.flops, 2 * M * E / roofline.bytes)
-        return triton / share + _LAUNCH, plain + update + 2 * _LAUNCH
+        triton += waves * roofline.tile + _LAUNCH
+        product = 2 * M * E * rank / roofline.flops
+        if dropped:
+            # The update kernel reads and writes the product.
+            addmm = max(flops / roofline.flops, moved / roofline.bytes)
+            addmm += max(product, 4 * M * E / roofline.bytes, mask)
+        else:
+            # The update is written first; P @ Q, which is added onto it, reads it beside its operations.
+            addmm = max(flops / roofline.flops, (moved + 2 * M * E) / roofline.bytes)
+            addmm += max(product, 2 * M * E / roofline.bytes)
+        return triton, addmm + 2 * _LAUNCH
     flops = 2 * M * D * rank
     moved = 2 * (M * D + M * R + D * R)
     # The narrow operand comes from the L2 cache, for each program anew.

@@ -135,6 +135,8 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
 
     def step(name: str, path: str) -> Step:
         kernel = planner.kernel_step(problem, name)
+        if path == "addmm":
+            return planner.blas_step(problem, name, "")
         return kernel if path == "triton" else Step(kernel.primitive, path, None, "")
 
     def drop() -> ops._Dropout | None:

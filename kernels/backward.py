@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastlora.kernels.configs import BackwardConfig
 from fastlora.kernels.project import project_tile
+from fastlora.kernels.tiles import in_eights
 from fastlora.kernels.token_sum import reduce_partials, token_sum_tile
 
 
@@ -27,7 +28,7 @@ def _backward_kernel(
     dA_ptr, stride_dAs, stride_dAn, stride_dAr,
     M, N, R, rows,
     BLOCK_M: tl.constexpr, STEP_N: tl.constexpr, BLOCK_N: tl.constexpr, STEP_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, A_EIGHTS: tl.constexpr, H_EIGHTS: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.cdiv(M, BLOCK_M)
     region_tiles_m = rows // BLOCK_M
@@ -44,7 +45,7 @@ def _backward_kernel(
             g_ptr, stride_gm,
             None, 0, 1.0,
             M, N, R,
-            BLOCK_M, STEP_N, BLOCK_R, EVEN_N, False,
+            BLOCK_M, STEP_N, BLOCK_R, A_EIGHTS, EVEN_N, False,
         )  # fmt: skip
     else:
         token_sum_tile(
@@ -54,7 +55,7 @@ def _backward_kernel(
             dA_ptr, stride_dAs, stride_dAn, stride_dAr,
             None, 0,
             M, N, R, rows,
-            STEP_M, BLOCK_N, BLOCK_R, False,
+            STEP_M, BLOCK_N, BLOCK_R, H_EIGHTS, False,
         )  # fmt: skip
 
 
@@ -83,7 +84,8 @@ def g_and_dA(
         partial, partial.stride(0), partial.stride(1), partial.stride(2),
         M, N, R, config.rows,
         BLOCK_M=config.block_m, STEP_N=config.step_n, BLOCK_N=config.block_n, STEP_M=config.step_m,
-        BLOCK_R=config.block_r, EVEN_N=N % config.step_n == 0,
+        BLOCK_R=config.block_r, A_EIGHTS=in_eights(R, *A.stride()), H_EIGHTS=in_eights(R, *h.stride()),
+        EVEN_N=N % config.step_n == 0,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return g, reduce_partials(partial, scale, dtype)

@@ -153,7 +153,23 @@ class BackwardConfig:
         return max(g, dA)
 
 
-Config = ProjectConfig | GemmConfig | TokenSumConfig | SmallConfig | HopperConfig | BackwardConfig
+@dataclass(frozen=True)
+class UpdateConfig:
+    """A program of update adds to a (``block_m``, ``block_e``) tile of C."""
+
+    block_m: int
+    block_e: int
+    block_r: int
+    num_warps: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        # And the mask and C on their way from one layout of registers to another.
+        return self.block_r * (self.block_m + self.block_e) * itemsize + 4 * self.block_m * self.block_e
+
+
+Config = (
+    ProjectConfig | GemmConfig | TokenSumConfig | SmallConfig | HopperConfig | BackwardConfig | UpdateConfig
+)
 
 
 def nearest_capability(capability: int) -> int:
@@ -187,7 +203,7 @@ def _widest(blocks: tuple[int, ...], size: int, sms: int) -> int:
 
 
 def select_project(
-    capability: int, sms: int, M: int, R: int, itemsize: int, adapter_itemsize: int = 0
+    capability: int, sms: int, M: int, R: int, itemsize: int, adapter_itemsize: int = 0, dropout: bool = False
 ) -> ProjectConfig:
     """The configuration of project for P: (M, D) and rank R on a GPU of ``sms`` multiprocessors.
 
@@ -196,7 +212,8 @@ def select_project(
     block_r = _rank_block(R)
     # Every program reads all of Q, and it takes many of them to pull on the memory.
     block_m = _widest((64, 32, 16), M, sms)
-    num_warps = 4 if block_m * block_r <= 64 * 128 else 8
+    # The mask of dropout is integer work, of which one warp a scheduler does too little at a time.
+    num_warps = 4 if block_m * block_r <= 64 * 128 and not (dropout and block_m == 64) else 8
     steps = ((128, 4), (128, 3), (64, 4), (64, 3), (64, 2), (32, 2))
     if (nearest_capability(capability), block_m, block_r) == (120, 32, 32) and adapter_itemsize > itemsize:
         steps = steps[2:]  # with dropout the longer steps spill there
@@ -218,17 +235,25 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
     num_warps = 4 if block_m * block_e <= 64 * 128 else 8
     if nearest_capability(capability) == 100 and block_m == 64:
         num_warps = 8  # four spill there
-    steps = ((64, 3), (32, 4), (32, 3), (32, 2), (16, 2))
-    if nearest_capability(capability) == 80 and block_m == 128 and R > 128:
-        steps = steps[1:]  # the longer steps spill there beside three or four rank blocks
+    steps = [(num_warps, *step) for step in ((64, 3), (32, 4), (32, 3), (32, 2), (16, 2))]
+    if nearest_capability(capability) not in (90, 100) and block_m == 128:
+        steps = steps[1:]  # the longer steps spill beside several rank blocks
+        if R <= 128 and not dropout:  # else four warps spill
+            # Two programs a multiprocessor: one computes while the other is at its update or its last store.
+            steps = [(4, 32, 4), *steps]
     return _first_fitting(
         (
             GemmConfig(block_m, block_e, block_d, block_r, 8, num_warps, num_stages)
-            for block_d, num_stages in steps
+            for num_warps, block_d, num_stages in steps
         ),
         capability,
         itemsize,
     )
+
+
+def select_update(R: int) -> UpdateConfig:
+    """The configuration of update for rank R."""
+    return UpdateConfig(block_m=64, block_e=128, block_r=_rank_block(R, 32), num_warps=4)
 
 
 def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize: int) -> TokenSumConfig:
@@ -298,7 +323,8 @@ def select_small(
 
     ``adapter_itemsize``: bytes of an element of A and B, 0 for x's.
     """
-    block_r = _rank_block(R)
+    # At 16, Triton would let every warp make the whole tile of h, and with it that of y.
+    block_r = max(32, _rank_block(R))
     # Every program reads all of x and B.
     block_n = _widest((64, 32, 16), N, sms)
     return _first_fitting(

@@ -12,6 +12,30 @@ import triton.language as tl
 # The numbers of fastlora.reference, which explains them.
 PHILOX_ROUNDS = tl.constexpr(7)
 COLUMNS_PER_CALL = tl.constexpr(8)
+# Of Philox 4x32: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11).
+_MULTIPLIER_0 = tl.constexpr(0xD2511F53)
+_MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
+_KEY_STEP_0 = tl.constexpr(0x9E3779B9)
+_KEY_STEP_1 = tl.constexpr(0xBB67AE85)
+
+
+@triton.jit
+def _philox(seed, c0, c1):
+    """The four words of philox4x32(seed, (c0, c1, 0, 0)): uint32 tensors of one shape.
+
+    ``tl.philox`` makes the same, but takes the two halves of a product in an instruction each.
+    """
+    seed = seed.to(tl.uint64)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        a = c0.to(tl.uint64) * _MULTIPLIER_0
+        b = c2.to(tl.uint64) * _MULTIPLIER_1
+        c0, c1 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, b.to(tl.uint32)
+        c2, c3 = (a >> 32).to(tl.uint32) ^ c3 ^ k1, a.to(tl.uint32)
+        k0 += _KEY_STEP_0
+        k1 += _KEY_STEP_1
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -25,8 +49,7 @@ def keep_mask(seed, rows, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_
     groups = first_column // COLUMNS_PER_CALL + tl.arange(0, BLOCK_D // COLUMNS_PER_CALL)
     counter_0 = tl.broadcast_to(groups.to(tl.uint32)[None, :], (BLOCK_M, BLOCK_D // COLUMNS_PER_CALL))
     counter_1 = tl.broadcast_to(rows.to(tl.uint32)[:, None], (BLOCK_M, BLOCK_D // COLUMNS_PER_CALL))
-    zero = tl.zeros_like(counter_0)
-    w0, w1, w2, w3 = tl.philox(seed, counter_0, counter_1, zero, zero, PHILOX_ROUNDS)
+    w0, w1, w2, w3 = _philox(seed, counter_0, counter_1)
     # join() adds a last axis of two; nested so that flattening gives w0, w1, w2, w3 and low before high.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.reshape(words, (BLOCK_M, BLOCK_D // COLUMNS_PER_CALL, 4))

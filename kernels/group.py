@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import MAX_BRANCHES, GemmConfig
-from fastlora.kernels.tiles import add_product, grouped_tile, update_tile
+from fastlora.kernels.tiles import add_product, grouped_tile, in_eights, update_tile
 
 
 @triton.jit(do_not_specialize=["keep_threshold"])
@@ -30,7 +30,7 @@ def _group_dx_kernel(
     BRANCHES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    U_EIGHTS: tl.constexpr, V_EIGHTS: tl.constexpr, EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_e = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(E, BLOCK_E), GROUP_M)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -41,7 +41,7 @@ def _group_dx_kernel(
     acc = update_tile(
         u_ptr, stride_um, stride_ur, v_ptr, stride_vr, stride_ve, R, scale,
         seed_ptr, keep_threshold, offs_m, offs_e, mask_m, mask_e, tile_e * BLOCK_E,
-        BLOCK_M, BLOCK_E, BLOCK_R, RANK_BLOCKS, HAS_DROPOUT,
+        BLOCK_M, BLOCK_E, BLOCK_R, RANK_BLOCKS, U_EIGHTS, V_EIGHTS, HAS_DROPOUT,
     )  # fmt: skip
     acc = add_product(
         acc, p0_ptr, stride_p0m, stride_p0d, q0_ptr, stride_q0d, stride_q0e, D0,
@@ -102,6 +102,7 @@ def group_dx(
         BRANCHES=len(ps),
         BLOCK_M=config.block_m, BLOCK_E=config.block_e, BLOCK_D=config.block_d,
         BLOCK_R=config.block_r, RANK_BLOCKS=triton.cdiv(R, config.block_r), GROUP_M=config.group_m,
+        U_EIGHTS=in_eights(R, *u.stride()), V_EIGHTS=in_eights(R, v.stride(1), v.stride(0)),
         EVEN_D=all(q.shape[0] % config.block_d == 0 for q in qs), HAS_DROPOUT=seed is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -210,10 +210,11 @@ def why_not(*matrices: torch.Tensor) -> str | None:
         if matrix.dtype not in (torch.float16, torch.bfloat16) or matrix.dtype != matrices[0].dtype:
             return f"TMA ring: {', '.join(str(m.dtype) for m in matrices)}, expected one half-precision dtype"
         step = matrix.stride(0) * matrix.element_size()
-        if matrix.stride(1) != 1 or step % TMA_ALIGNMENT or matrix.data_ptr() % TMA_ALIGNMENT:
+        overlap = matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]  # expanded rows, say
+        if matrix.stride(1) != 1 or overlap or step % TMA_ALIGNMENT or matrix.data_ptr() % TMA_ALIGNMENT:
             return (
-                f"TMA ring: shape {tuple(matrix.shape)}, strides {matrix.stride()}: rows must be contiguous "
-                f"and begin at multiples of {TMA_ALIGNMENT} bytes"
+                f"TMA ring: shape {tuple(matrix.shape)}, strides {matrix.stride()}: rows must be contiguous, "
+                f"apart and begin at multiples of {TMA_ALIGNMENT} bytes"
             )
     return None
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastlora.kernels.configs import ProjectConfig
 from fastlora.kernels.dropout import keep_mask
-from fastlora.kernels.tiles import tile_dot
+from fastlora.kernels.tiles import in_eights, of_eights, tile_dot
 
 
 @triton.jit
@@ -22,9 +22,10 @@ def project_tile(
     seed_ptr, keep_threshold, keep_scale,
     M, D, R,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    Q_EIGHTS: tl.constexpr, EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes rows ``tile_m * BLOCK_M`` to ``(tile_m + 1) * BLOCK_M`` of H, all ranks."""
+    R, stride_qd = of_eights(R, Q_EIGHTS), of_eights(stride_qd, Q_EIGHTS)
     tl.assume(D > 0)  # Lets ptxas keep wgmma asynchronous: the loop below runs at least once.
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -65,7 +66,7 @@ def _project_kernel(
     seed_ptr, keep_threshold, keep_scale,
     M, D, R,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    Q_EIGHTS: tl.constexpr, EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     project_tile(
         tl.program_id(0),
@@ -74,7 +75,7 @@ def _project_kernel(
         h_ptr, stride_hm,
         seed_ptr, keep_threshold, keep_scale,
         M, D, R,
-        BLOCK_M, BLOCK_D, BLOCK_R, EVEN_D, HAS_DROPOUT,
+        BLOCK_M, BLOCK_D, BLOCK_R, Q_EIGHTS, EVEN_D, HAS_DROPOUT,
     )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def project(
         seed, keep_threshold, keep_scale,
         M, D, R,
         BLOCK_M=config.block_m, BLOCK_D=config.block_d, BLOCK_R=config.block_r,
-        EVEN_D=D % config.block_d == 0, HAS_DROPOUT=seed is not None,
+        Q_EIGHTS=in_eights(R, *q.stride()), EVEN_D=D % config.block_d == 0, HAS_DROPOUT=seed is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return h

@@ -25,6 +25,21 @@ def tile_dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+def in_eights(R: int, row_stride: int, rank_stride: int) -> bool:
+    """Whether :func:`of_eights` is for rank and row stride of a matrix (rows, R) of these strides."""
+    return rank_stride == 1 and R % 8 == row_stride % 8 == 0 and R % 16 + row_stride % 16 > 0
+
+
+@triton.jit
+def of_eights(value, EIGHTS: tl.constexpr):
+    """``value``, which the compiler learns to be a multiple of 8 if EIGHTS.
+
+    Triton notes of an argument only whether it is one of 16: without this, an adapter of rank 8 or 24 would
+    be read element by element, and not by asynchronous copies.
+    """
+    return (value // 8) * 8 if EIGHTS else value
+
+
 @triton.jit
 def update_tile(
     u_ptr, stride_um, stride_ur,
@@ -33,9 +48,12 @@ def update_tile(
     seed_ptr, keep_threshold,
     offs_m, offs_e, mask_m, mask_e, first_e,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    U_EIGHTS: tl.constexpr, V_EIGHTS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """s * keep * (U @ V), (BLOCK_M, BLOCK_E) in fp32; first_e: the number of its first column."""
+    R = of_eights(R, U_EIGHTS or V_EIGHTS)
+    stride_um = of_eights(stride_um, U_EIGHTS)
+    stride_ve = of_eights(stride_ve, V_EIGHTS)
     acc = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
     for block in tl.range(0, RANK_BLOCKS, num_stages=1):  # not unrolled: hoisted loads would spill
         offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)

@@ -10,9 +10,10 @@ import triton.language as tl
 
 from fastlora.kernels.configs import TokenSumConfig
 from fastlora.kernels.dropout import keep_mask
-from fastlora.kernels.tiles import tile_dot
+from fastlora.kernels.tiles import in_eights, of_eights, tile_dot
 
-REDUCE_BLOCK = 1024
+# A program takes four elements a thread: many programs, as each has a chain of loads, one for every split.
+_REDUCE_BLOCK, _REDUCE_WARPS = 256, 2
 
 
 @triton.jit
@@ -23,9 +24,11 @@ def token_sum_tile(
     g_ptr, stride_gs, stride_gd, stride_gr,
     seed_ptr, keep_threshold,
     M, D, R, tokens_per_split,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    U_EIGHTS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes the sums of the tokens of one split over ``BLOCK_D`` columns of P, all ranks."""
+    R, stride_um = of_eights(R, U_EIGHTS), of_eights(stride_um, U_EIGHTS)
     split = split.to(tl.int64)
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, M)
@@ -62,7 +65,8 @@ def _token_sum_kernel(
     g_ptr, stride_gs, stride_gd, stride_gr,
     seed_ptr, keep_threshold,
     M, D, R, tokens_per_split,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    U_EIGHTS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     token_sum_tile(
         tl.program_id(0), tl.program_id(1),
@@ -71,7 +75,7 @@ def _token_sum_kernel(
         g_ptr, stride_gs, stride_gd, stride_gr,
         seed_ptr, keep_threshold,
         M, D, R, tokens_per_split,
-        BLOCK_M, BLOCK_D, BLOCK_R, HAS_DROPOUT,
+        BLOCK_M, BLOCK_D, BLOCK_R, U_EIGHTS, HAS_DROPOUT,
     )  # fmt: skip
 
 
@@ -92,7 +96,9 @@ def reduce_partials(partial: torch.Tensor, scale: float, dtype: torch.dtype) -> 
     splits, *shape = partial.shape
     g = torch.empty(shape, dtype=dtype, device=partial.device)
     size = g.numel()
-    _reduce_kernel[(triton.cdiv(size, REDUCE_BLOCK),)](partial, g, size, splits, scale, BLOCK=REDUCE_BLOCK)
+    _reduce_kernel[(triton.cdiv(size, _REDUCE_BLOCK),)](
+        partial, g, size, splits, scale, BLOCK=_REDUCE_BLOCK, num_warps=_REDUCE_WARPS
+    )
     return g
 
 
@@ -123,7 +129,8 @@ def token_sum(
         partial, partial.stride(0), stride_d, stride_r,
         seed, keep_threshold,
         M, D, R, tokens_per_split,
-        BLOCK_M=config.block_m, BLOCK_D=config.block_d, BLOCK_R=config.block_r, HAS_DROPOUT=seed is not None,
+        BLOCK_M=config.block_m, BLOCK_D=config.block_d, BLOCK_R=config.block_r,
+        U_EIGHTS=in_eights(R, *u.stride()), HAS_DROPOUT=seed is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return reduce_partials(partial, scale, dtype)

@@ -41,7 +41,7 @@ def static_rows(tmp_path_factory):
 @pytest.fixture(params=ARCHS)
 def arch_rows(request, static_rows):
     rows = [row for row in static_rows if int(row["arch"]) == request.param]
-    kernels = {"project", "gemm", "token_sum", "small", "group_dx", "backward"}
+    kernels = {"project", "gemm", "token_sum", "small", "group_dx", "backward", "update"}
     assert {row["kernel"] for row in rows} == kernels | ({"hopper"} if request.param == 90 else set())
     return rows
 
@@ -64,6 +64,7 @@ def test_shared_memory_is_within_the_device_and_the_estimate(arch_rows):
         "hopper": configs.HopperConfig,
         "group_dx": configs.GemmConfig,
         "backward": configs.BackwardConfig,
+        "update": configs.UpdateConfig,
     }
     for row in arch_rows:
         used = int(row["shared_bytes"])
@@ -96,7 +97,8 @@ def test_matrix_instructions(arch_rows):
 
 def test_loads_are_asynchronous(arch_rows):
     for row in arch_rows:
-        assert int(row["async_copies"]) > 0, describe(row)
+        if row["kernel"] != "update":  # It has no loop whose loads could run ahead.
+            assert int(row["async_copies"]) > 0, describe(row)
 
 
 def test_wgmma_is_not_serialised(static_rows):
@@ -132,6 +134,10 @@ def test_every_selectable_configuration_is_compiled(static_rows):
                 for kernel, config in (
                     ("project", configs.select_project(arch, 108, M, R, 2)),
                     ("project", configs.select_project(arch, 108, M, R, 2, 4)),
+                    ("project", configs.select_project(arch, 108, M, R, 2, 2, True)),
+                    ("project", configs.select_project(arch, 108, M, R, 2, 4, True)),
+                    ("gemm", configs.select_gemm(arch, M, 4096, R, 2, dropout=True)),
+                    ("update", configs.select_update(R)),
                     ("gemm", configs.select_gemm(arch, M, 4096, R, 2, dropout=False)),
                     ("token_sum", configs.select_token_sum(arch, 108, M, 4096, R, 2)),
                     ("backward", configs.select_backward(arch, 108, M, 4096, R, 2)),

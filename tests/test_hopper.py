@@ -260,3 +260,15 @@ def test_layer_on_a_gpu(asked_for):
     )
     actual = differentiate(fused(1.5), case, wanted)
     assert_matches(actual, exact(case, 1.5), eager_errors(case, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("strides", "offset", "readable"),
+    [((64, 1), 0, True), ((72, 1), 8, True), ((68, 1), 0, False), ((64, 1), 4, False), ((0, 1), 0, False)],
+)
+def test_what_tma_can_read(strides, offset, readable):
+    from fastlora.kernels import hopper
+
+    matrix = torch.zeros(8192, dtype=torch.float16).as_strided((40, 64), strides, offset)
+    assert (hopper.why_not(matrix) is None) is readable
+    assert hopper.why_not(matrix[:1].float()) is not None

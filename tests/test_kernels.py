@@ -24,8 +24,9 @@ def kernels():
     from fastlora.kernels.gemm import gemm
     from fastlora.kernels.project import project
     from fastlora.kernels.token_sum import token_sum
+    from fastlora.kernels.update import add_update
 
-    return SimpleNamespace(project=project, gemm=gemm, token_sum=token_sum)
+    return SimpleNamespace(project=project, gemm=gemm, token_sum=token_sum, add_update=add_update)
 
 
 def capability(device):
@@ -149,6 +150,73 @@ class TestGemm:
         self.run(kernels, kernel_device, torch.float16, 128 * 9 + 1, 32, 300, 4)
 
 
+class TestUpdate:
+    @staticmethod
+    def run(kernels, device, dtype, M, E, R, *, layouts=("contiguous",) * 2, adapter=None):
+        alpha, seed = 0.7, torch.tensor([2**61 + 99], device=device)
+        c = matrix(M, E, dtype, device)
+        u = matrix(M, R, dtype, device, layouts[0])
+        v = matrix(R, E, adapter or dtype, device, layouts[1], R**-0.5)
+        keep = eager_keep(seed, M, E, device)
+        exact = c.double() + alpha * keep * (u.double() @ v.double())
+        eager = c + alpha * (keep.to(dtype) * (u @ v.to(dtype)))
+        scale = alpha * reference.keep_scale(DROPOUT)
+        result = kernels.add_update(c, u, v, scale, configs.select_update(R), **dropout_arguments(seed))
+        assert result is c
+        assert_as_accurate(c, eager, exact, "c")
+
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize(("M", "D", "E", "R"), SIZES)
+    def test_against_float64(self, kernels, kernel_device, dtype, M, D, E, R):
+        self.run(kernels, kernel_device, dtype, M, E, R)
+
+    @pytest.mark.parametrize("u_layout", LAYOUTS)
+    @pytest.mark.parametrize("v_layout", LAYOUTS)
+    def test_reads_only_its_views(self, kernels, kernel_device, u_layout, v_layout):
+        self.run(kernels, kernel_device, torch.float16, 70, 37, 9, layouts=(u_layout, v_layout))
+
+    def test_adapter_of_a_wider_dtype(self, kernels, kernel_device):
+        self.run(kernels, kernel_device, torch.bfloat16, 40, 72, 8, adapter=torch.float32)
+
+
+class TestRanksInEights:
+    """Of which the compiler is told: a rank of 8 or 24, or of 16 in rows that lie 24 apart."""
+
+    @pytest.mark.parametrize(("first", "rank", "row"), [(0, 8, 8), (0, 24, 24), (8, 16, 24), (16, 8, 24)])
+    def test_parts_of_a_stack(self, kernels, kernel_device, first, rank, row):
+        M, D, E, dtype = 70, 96, 80, torch.float16
+        from fastlora.kernels.tiles import in_eights
+
+        def part(rows):
+            whole = matrix(rows, row, dtype, kernel_device, scale=row**-0.5)
+            return whole[:, first : first + rank]
+
+        p, q, u, narrow = (
+            matrix(M, D, dtype, kernel_device),
+            matrix(D, E, dtype, kernel_device),
+            part(M),
+            part(D),
+        )
+        v = part(E).t()
+        assert in_eights(rank, *u.stride())
+        device = capability(kernel_device)
+        h = kernels.project(p, narrow, configs.select_project(device, 8, M, rank, 2))
+        assert_as_accurate(h, p @ narrow, p.double() @ narrow.double(), "h")
+        g = kernels.token_sum(p, u, 1.0, configs.select_token_sum(device, 8, M, D, rank, 2), dtype)
+        assert_as_accurate(g, p.t() @ u, p.double().t() @ u.double(), "g")
+        c = kernels.gemm(p, q, u, v, 0.5, configs.select_gemm(device, M, E, rank, 2, False))
+        exact = p.double() @ q.double() + 0.5 * (u.double() @ v.double())
+        assert_as_accurate(c, p @ q + 0.5 * (u @ v), exact, "c")
+
+    @pytest.mark.parametrize(
+        ("R", "strides"), [(16, (16, 1)), (8, (1, 8)), (8, (12, 1)), (12, (8, 1)), (8, (8, 2)), (1, (1, 1))]
+    )
+    def test_where_the_compiler_knows_or_it_is_not_so(self, R, strides):
+        from fastlora.kernels.tiles import in_eights
+
+        assert not in_eights(R, *strides)
+
+
 class TestTokenSum:
     @staticmethod
     def run(
@@ -227,6 +295,7 @@ def test_every_configuration_fits_its_architecture(arch, rank):
                 configs.select_gemm(arch, M, 4096, rank, itemsize, dropout=False),
                 configs.select_gemm(arch, M, 4096, rank, itemsize, dropout=True),
                 configs.select_token_sum(arch, 108, M, 4096, rank, itemsize),
+                configs.select_update(rank),
             ):
                 assert configs.fits(config, arch, itemsize)
                 assert config.shared_bytes(itemsize) <= configs.SHARED_MEMORY[arch]

@@ -228,3 +228,31 @@ def test_tensors_whose_memory_does_not_hold_their_values(run, rows, special):
     plain = [torch.zeros_like(t) if special == "zero" else t.resolve_neg() for t in (x, dy, bias)]
     for got, expected in zip(results(x, dy, bias), results(*plain), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("strides", "offset", "copied"),
+    [
+        ((64, 1), 0, False),
+        ((80, 1), 0, False),
+        ((1, 16), 0, False),
+        ((0, 1), 0, False),
+        ((64, 1), 8, False),
+        ((64, 1), 1, True),
+        ((72, 1), 0, True),
+        ((1, 12), 0, True),
+        ((0, 0), 0, True),
+        ((128, 2), 0, True),
+    ],
+)
+def test_activations_are_copied_where_the_kernels_would_read_them_slowly(strides, offset, copied):
+    values = torch.randn(4096).half()
+    p = values.as_strided((12, 64), strides, offset)
+    q = ops._aligned(p)
+    assert torch.equal(q, p)
+    assert (q is not p) is copied
+    assert ops._aligned(q) is q
+    odd = values.as_strided((12, 63), (65, 1), 1)
+    assert ops._aligned(odd) is odd  # a copy's rows would begin no better
+    for mode in ("auto", "triton"):
+        assert ops._for_kernels(p, mode) is p  # on a CPU, or asked for

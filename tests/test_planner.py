@@ -56,14 +56,19 @@ def assert_complete(plan):
         assert step.reason.strip()
         if step.path == "triton":
             assert isinstance(step.config, CONFIGS[primitive])
-        else:
-            assert step.config is None
+        elif step.config is not None:  # the dropped update of dx, added to the BLAS's product
+            assert (name, step.path) == ("dx", "addmm")
+            assert isinstance(step.config, configs.UpdateConfig)
 
 
 class TestFields:
     def test_frozen(self):
         plan = planned(A100, 512, 4096, 4096)
-        for value in (plan, plan.y, plan.y.config or plan.g.config, A100):
+        for value in (
+            plan,
+            plan.y,
+            planner.kernel_step(Problem(A100, torch.float16, 1, 8, 8, 8), "y").config,
+        ):
             field = dataclasses.fields(value)[0].name
             with pytest.raises(dataclasses.FrozenInstanceError):
                 setattr(value, field, None)
@@ -89,24 +94,25 @@ class TestFields:
 # size makes the addmm form's second pass over y dear; a long one hides it behind the loop.
 TRITON = [
     (A100, 8192, 4096, 256, 16),
-    (A100, 8192, 4096, 4096, 16),
+    (A100, 8192, 4096, 1024, 16),
     (A100, 8192, 768, 768, 8),
     (A10, 8192, 4096, 256, 16),
-    (A10, 8192, 4096, 4096, 16),
+    (A10, 8192, 4096, 1024, 16),
     (L40S, 8192, 4096, 4096, 16),
     (L40S, 8192, 14336, 4096, 64),
     (H100, 8192, 4096, 256, 16),
-    (H100, 8192, 768, 768, 16),
 ]
 ADDMM = [
     (A100, 1, 4096, 4096, 128),
     (A100, 16, 8192, 8192, 64),
     (A100, 8192, 4096, 14336, 16),
+    (A100, 512, 4096, 4096, 16),  # 128 tiles on 108 multiprocessors take as long as 216
     (A10, 1, 4096, 4096, 16),
     (A10, 8192, 4096, 14336, 16),
     (L40S, 16, 4096, 4096, 16),
     (H100, 1, 4096, 4096, 128),
     (H100, 512, 8192, 8192, 16),
+    (H100, 8192, 768, 768, 16),
     (H100, 8192, 4096, 4096, 16),
     (H100, 8192, 14336, 4096, 64),
     (H100, 8192, 8192, 8192, 128),
@@ -175,9 +181,11 @@ class TestPins:
         for N, K in SHAPES:
             for M in (1, 512, 8192):
                 plan = planned(device, M, N, K, dropout=True)
-                assert plan.h.path == plan.dx.path == "triton"
+                assert plan.h.path == plan.dB.path == "triton"
                 assert "dropout" in plan.h.reason
-                assert "dropout" in plan.dx.reason
+                assert isinstance(plan.dx.config, configs.GemmConfig | configs.UpdateConfig)
+                for mode in ("addmm", "reference"):
+                    assert planned(device, M, N, K, dropout=True, mode=mode).dx.config is None
 
     @pytest.mark.parametrize("device", [*GPUS, CPU], ids=by_name)
     def test_no_estimate_makes_g_and_dA_in_one_launch(self, device):
@@ -192,10 +200,49 @@ class TestPins:
 
     def test_the_memory_of_the_device_counts(self):
         """An H100's memory is slower than the H200's of the table, so the pass that addmm adds costs more."""
-        shape = (2048, 2048, 2048)
+        shape = (4096, 2048, 512)
         assert planned(Device("cuda", "", 90, 132), *shape).y.path == "addmm"
         assert planned(Device("cuda", "", 90, 132, bandwidth=4.92e12), *shape).y.path == "addmm"
         assert planned(Device("cuda", "", 90, 132, bandwidth=3.35e12), *shape).y.path == "triton"
+
+    def test_the_last_tiles_leave_multiprocessors_idle(self):
+        """A tile more than there are multiprocessors takes as long as twice as many."""
+        roofline = planner.ROOFLINES[80]
+        config = configs.select_gemm(80, 8192, 4096, 16, 2, False)
+
+        def seconds(rows, columns):
+            return planner.estimate("gemm", roofline, 108, 128 * rows, 4096, 128 * columns, 16, config)[0]
+
+        assert seconds(10, 11) == pytest.approx(seconds(12, 18), rel=0.01)
+        assert seconds(12, 18) > 1.9 * seconds(9, 12)
+
+    def test_sizes_that_the_kernels_read_slowly(self):
+        for device in (A100, H100):
+            for N, K in ((4104, 4096), (50257, 4096), (4096, 4104)):
+                plan = planned(device, 8192, N, K)
+                assert plan.y.path == plan.dx.path == "addmm"
+                assert f"N={N}, K={K}: the kernels are slow" in plan.y.reason
+                aligned = {"h": K % 16 == 0, "dB": K % 16 == 0, "g": N % 16 == 0, "dA": N % 16 == 0}
+                assert {name: getattr(plan, name).path == "triton" for name in aligned} == aligned
+            assert not planned(device, 1, 4104, 4096).one_launch
+            # A mask is still not written.
+            plan = planned(device, 8192, 1032, 1032, dropout=True)
+            assert isinstance(plan.dx.config, configs.UpdateConfig)
+            assert plan.h.path == plan.dB.path == "triton"
+
+    def test_dropout_leaves_the_product_to_the_blas(self):
+        """Where the loop that applies a mask is estimated to lose more than a pass over dx takes."""
+        for device, config in ((H100, configs.UpdateConfig), (B200, configs.UpdateConfig)):
+            assert isinstance(planned(device, 8192, 4096, 4096, dropout=True).dx.config, config)
+        dx = planned(L40S, 8192, 256, 4096, dropout=True).dx
+        assert isinstance(dx.config, configs.GemmConfig), dx
+
+    def test_geforce_sums_at_half_the_rate(self):
+        workstation = Device("cuda", "RTX 6000 Ada", 89, 128)
+        geforce = dataclasses.replace(workstation, name="NVIDIA GeForce RTX 4090")
+        for device, factor in ((workstation, 1), (geforce, 2)):
+            problem = Problem(device, torch.bfloat16, 8192, 4096, 4096, 16)
+            assert planner._loop(problem).flops * factor == pytest.approx(362e12 * 128 / 142)
 
     @pytest.mark.parametrize(
         ("properties", "bandwidth"),
