@@ -254,10 +254,15 @@ def check_arguments(
             + ("" if bias is None else f", bias {bias.device}")
         )
     if weight.requires_grad and torch.is_grad_enabled():
+        advice = (
+            "Call weight.requires_grad_(False), or train it with nn.Linear"
+            if weight.is_leaf
+            else "This one is computed from another tensor: detach() it. FullyShardedDataParallel makes such "
+            "views of a flat parameter; use fully_shard (FSDP2)"
+        )
         raise ValueError(
             f"lora_linear: weight {tuple(weight.shape)} requires a gradient, but it is frozen in a LoRA "
-            "layer: only x, A, B and bias get gradients. Call weight.requires_grad_(False), or train it with "
-            "nn.Linear"
+            f"layer: only x, A, B and bias get gradients. {advice}"
         )
     if not isinstance(alpha, numbers.Real):
         raise TypeError(f"lora_linear: alpha must be a number, got {type(alpha).__name__}")

@@ -324,6 +324,8 @@ def _branches(group: Sequence[Any], x: Tensor | None) -> list[tuple] | str:
             return branch
         branches.append(branch)
     weight, *_, dropout = branches[0]
+    if any(other.dim() != 2 for other, *_ in branches):
+        return "sharded or otherwise special parameters"  # FSDP1's are flat
     for other, *_, other_dropout in branches[1:]:
         if other.shape[1] != weight.shape[1]:
             return f"in_features {weight.shape[1]} and {other.shape[1]} differ"

@@ -303,17 +303,23 @@ class FusedLoRALinear(nn.Linear):
         )
 
     def _merged_weight(self, name: str) -> Tensor:
-        """The weight with the update; ValueError, starting with ``name``, if that is not finite."""
+        """The weight with the update; ValueError, starting with ``name``, if it is unknown or not finite."""
+        self._check_values(name)
         merged = self._updated_weight(self.alpha)
-        if (
-            merged.device.type != "meta"
-            and not torch.isfinite(merged).all()
-            and torch.isfinite(self.weight).all()
-        ):
+        if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
             raise ValueError(
                 f"{name}: weight + alpha * A @ B is not finite (alpha {self.alpha}, rank {self.rank})"
             )
         return merged
+
+    def _check_values(self, name: str) -> None:
+        """ValueError, starting with ``name``, where the values lie elsewhere."""
+        unknown = [each for each in ("weight", "A", "B") if getattr(self, each).is_meta]
+        if unknown:
+            raise ValueError(
+                f"{name}: {', '.join(unknown)} on the meta device, offloaded (by accelerate, say) or not "
+                "loaded yet; give the layer its values first"
+            )
 
     def _check_plain_weight(self, name: str) -> None:
         """ValueError, starting with ``name``, for a weight that something else computes: it cannot be set."""
@@ -333,7 +339,8 @@ class FusedLoRALinear(nn.Linear):
         Raises:
             ValueError: another module holds the same weight (tied embeddings), as far as ``apply_lora`` or
                 ``load_adapter`` saw (``from_linear`` sees no model); a parametrization computes it; the sum
-                is not finite; inside ``disable_adapter``. The weight is left as it was.
+                is not finite; inside ``disable_adapter``; values on the meta device, as of an offloaded
+                model. The weight is left as it was.
         """
         if self.merged:
             return
@@ -355,11 +362,12 @@ class FusedLoRALinear(nn.Linear):
         The update is that of A and B as they are now: do not change them while they are merged.
 
         Raises:
-            ValueError: a parametrization computes the weight.
+            ValueError: a parametrization computes the weight; values on the meta device.
         """
         if self._merged_alpha is None:
             return
         self._check_plain_weight("unmerge")
+        self._check_values("unmerge")
         self.weight.copy_(self._updated_weight(-self._merged_alpha))
         self._merged_alpha = None
 
@@ -371,7 +379,7 @@ class FusedLoRALinear(nn.Linear):
         attributes, buffers and the like this layer's.
 
         Raises:
-            ValueError: the weight with the update is not finite.
+            ValueError: the weight with the update is not finite, or on the meta device.
         """
         weight = (
             self.weight

@@ -147,7 +147,9 @@ def find_operands(layer: LoraLinear) -> Operands | str:
     ):
         return _why_not_plain(weight, bias, A, B)
     if weight.requires_grad:
-        return "the base weight is trained"
+        return (
+            "the base weight is trained" if weight.is_leaf else "the base weight is computed (by FSDP1, say)"
+        )
     scaling: Any = layer.scaling.get(active)
     if type(scaling) is not float or scaling - scaling != 0.0:
         reason = _why_not_scaling(scaling)

@@ -188,8 +188,16 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
             _remove_own_hook(modules[path])
         raise
     _swap(model, replacements)
-    for change in split:
+    untied = False
+    for change, own in split:
         change()
+        untied |= own
+    if untied:
+        warnings.warn(
+            f"{listing(list(saved))} shared a weight with another module and has its own now, to be trained; "
+            "tie_weights() would undo that",
+            stacklevel=3,
+        )
     for root in roots:
         root._saved_with_adapter = True
     _freeze(model, roots)
@@ -243,8 +251,10 @@ def _adapted_encoders(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and adapted_layers(m)]
 
 
-def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[Callable[[], None]]:
+def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[tuple[Callable[[], None], bool]]:
     """Changes that give a module to save its own trainable tensors, with the original values beside them.
+
+    And whether each takes the tensor from another module, with which it was shared.
 
     PEFT trains a copy of the whole module. Here the tensors stay, so that optimizers and names do, unless a
     parameter's memory is another module's too: training it would change that module.
@@ -259,7 +269,7 @@ def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[Callable[[], Non
                 original = original.clone()
             elif tensor not in copies:
                 copies[tensor] = nn.Parameter(original.clone(), tensor.requires_grad)
-            yield partial(_keep_original, module, name, original, copies.get(tensor))
+            yield partial(_keep_original, module, name, original, copies.get(tensor)), tensor in copies
 
 
 def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -394,10 +404,19 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return ungroup_projections(model)
 
 
-def _is_fully_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards a part of the model; importing it takes a while, so it is only looked up."""
+def _is_fully_sharded(model: nn.Module, path: str | None = None) -> bool:
+    """Whether FSDP2 shards a part of the model, or of the module at ``path``.
+
+    Importing FSDP2 takes a while, so it is only looked up.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
+    if fsdp is None:
+        return False
+    if path is None:
+        return any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
+    root = model.get_submodule(path)
+    above = [m for name, m in model.named_modules() if not name or path.startswith(f"{name}.")]
+    return any(isinstance(m, fsdp.FSDPModule) for m in (*above, *root.modules()))
 
 
 def require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinear]:
@@ -428,12 +447,17 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         A context manager that gives ``model``.
 
     Raises:
-        ValueError: on entry, if the model has no adapted layer, or a saved module was on the meta device
-            when it was marked, so that its original values are unknown.
+        ValueError: on entry, if the model has no adapted layer; a saved module whose original values are
+            unknown (it was on the meta device when it was marked) or cannot be put in (FSDP2 shards it, or
+            it is offloaded: either would put the trained values back).
         TypeError: on entry, if ``model`` is no module.
     """
     layers = require_layers(model, "disable_adapter")
+    for path, layer in layers.items():
+        if layer.merged:
+            layer._check_values(f"disable_adapter: {path}")
     roots = saved_modules(model)
+    _check_replaceable(model, roots)
     unknown = [path for path, root in roots.items() if not _has_original(root)]
     if unknown:
         raise ValueError(
@@ -449,6 +473,24 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             if hasattr(encoder, "_used_nested_tensor"):
                 blocks.enter_context(_changed(encoder, _use_nested_tensors))
         yield model
+
+
+def _check_replaceable(model: nn.Module, roots: Mapping[str, nn.Module]) -> None:
+    """ValueError if something holds the parameters of saved modules and gives them back in a forward pass."""
+    within = {module: path for path, root in roots.items() for module in root.modules()}
+    offloaded = [path for module, path in within.items() if any(t.is_meta for _, t in saved_tensors(module))]
+    offloaded = [path for path in dict.fromkeys(offloaded) if _has_original(roots[path])]
+    if offloaded:
+        raise ValueError(
+            f"disable_adapter: {listing(offloaded)} on the meta device, offloaded (by accelerate, say): its "
+            "trained values would come back in the forward pass"
+        )
+    sharded = [path for path in roots if _is_fully_sharded(model, path)]
+    if sharded:
+        raise ValueError(
+            f"disable_adapter: fully_shard holds the parameters of {listing(sharded)} and would put the "
+            "trained values back; keep it out of fully_shard (ignored_params), or do without modules_to_save"
+        )
 
 
 # What the blocks of disable_adapter have changed: how to undo it, and in how many blocks a module is.
@@ -584,13 +626,20 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         of the modules to save, by name, on their devices and in their dtypes.
 
     Raises:
-        ValueError: no adapted layer, or inside ``disable_adapter`` of a model with saved modules.
+        ValueError: no adapted layer; inside ``disable_adapter`` of a model with saved modules; tensors on the
+            meta device.
         TypeError: ``model`` is no module.
     """
     layers = require_layers(model, "adapter_state_dict")
     if any(uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("adapter_state_dict: inside disable_adapter the saved modules hold original values")
-    state: Any = OrderedDict((name, t.detach().clone()) for name, t in adapter_tensors(model).items())
+    tensors = adapter_tensors(model)
+    unreal = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if unreal:
+        raise ValueError(
+            f"adapter_state_dict: {listing(unreal)} on the meta device; give the model its values first"
+        )
+    state: Any = OrderedDict((name, t.detach().clone()) for name, t in tensors.items())
     state._metadata = {_public(path): {_ALPHA: float(layer.alpha)} for path, layer in layers.items()}
     return state
 

@@ -58,6 +58,9 @@ class TestFSDP2:
     def test_refuses_to_merge(self, pair):
         pair.run(workers.fsdp_refuses_to_merge)
 
+    def test_refuses_to_disable_what_it_holds(self, pair):
+        pair.run(workers.fsdp_refuses_to_disable)
+
     def test_one_group_for_the_whole_model(self, pair):
         pair.run(workers.fsdp_root_only)
 

@@ -532,6 +532,7 @@ class TestOperators:
 
 
 H200 = Device("cuda", "NVIDIA H200", 90, 132)
+L40S = Device("cuda", "L40S", 89, 142)
 
 
 class TestPlan:
@@ -541,9 +542,13 @@ class TestPlan:
         problem = Problem(device, torch.bfloat16, M, sum(Ns), K, sum(Rs), **kwargs)
         return make_group_plan(problem, Ns, Rs, mode)
 
-    def test_dropout_takes_the_kernels(self):
+    def test_dropout_writes_no_mask(self):
         plan = self.plan(dropout=True)
-        assert (plan.h.path, plan.dx.path, plan.dB.path) == ("triton",) * 3
+        assert (plan.h.path, plan.dB.path) == ("triton",) * 2
+        assert isinstance(plan.dx.config, configs.UpdateConfig)  # beside the BLAS's products
+        plan = self.plan(M=4096, K=8192, Ns=(256, 256), Rs=(16, 16), device=L40S, dropout=True)
+        assert isinstance(plan.dx.config, configs.GemmConfig)
+        assert self.plan(dropout=True, mode="addmm").dx.config is None
 
     def test_wider_adapters_are_read_as_they_lie_for_g_alone(self):
         plan = self.plan(Rs=(64, 64, 128), adapter_dtype=torch.float32, mode="triton")

@@ -628,6 +628,9 @@ class TestForwardAndBackward:
     def test_a_frozen_weight_cannot_be_trained(self):
         layer = random_layer()
         layer.weight.requires_grad_()
+        view = torch.nn.Parameter(torch.randn(35)).view(5, 7)  # as FSDP1 makes them
+        with pytest.raises(ValueError, match=r"weight \(5, 7\) requires a gradient.*computed.*fully_shard"):
+            fastlora.lora_linear(torch.randn(2, 7), view, torch.randn(5, 2), torch.randn(2, 7))
         with pytest.raises(ValueError, match=r"weight \(5, 7\) requires a gradient.*requires_grad_\(False\)"):
             layer(torch.randn(3, 7))
         with torch.no_grad():
@@ -836,11 +839,19 @@ class TestMerge:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 
-    def test_meta(self):
+    def test_values_that_lie_elsewhere(self):
+        """Of an offloaded layer, meta tensors would be merged, and the update lost without a word."""
         layer = FusedLoRALinear(7, 5, 3, device="meta")
+        for method in (layer.merge, layer.to_linear):
+            with pytest.raises(ValueError, match=f"{method.__name__}: weight, A, B on the meta device"):
+                method()
+        assert not layer.merged
+        layer = random_layer()
         layer.merge()
+        layer.to("meta")
+        with pytest.raises(ValueError, match="unmerge: weight, A, B on the meta device"):
+            layer.unmerge()
         assert layer.merged
-        assert layer.to_linear().weight.device.type == "meta"
 
 
 class TestToLinear:

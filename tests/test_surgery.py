@@ -574,7 +574,8 @@ class TestModulesToSave:
         if tie == "memory":
             model.lm_head.weight = nn.Parameter(model.embed.weight.detach())
         y, embedding = model(ids()), model.embed.weight
-        fastlora.apply_lora(model, ["q"], modules_to_save=["lm_head"])
+        with pytest.warns(UserWarning, match=r"lm_head shared a weight .* tie_weights\(\) would undo that"):
+            fastlora.apply_lora(model, ["q"], modules_to_save=["lm_head"])
         assert model.embed.weight is embedding
         assert not embedding.requires_grad
         assert model.lm_head.weight.requires_grad
@@ -680,6 +681,28 @@ class TestDisableAdapter:
         optimizer.step()
         assert not torch.equal(model.lm_head.weight, before)
         assert model(ids()).dtype == torch.float64
+
+    def test_offloaded(self):
+        """accelerate puts the values back in the forward pass, the trained ones."""
+        accelerate = pytest.importorskip("accelerate")
+        model = trained(fastlora.apply_lora(Small().eval(), ["q"], modules_to_save=["lm_head"]))
+        plain = trained(fastlora.apply_lora(Small().eval(), ["q"]))
+        with fastlora.disable_adapter(plain):
+            y = plain(ids())
+        for each in (model, plain):
+            accelerate.cpu_offload(each, execution_device="cpu")
+        with pytest.raises(ValueError, match="disable_adapter: lm_head on the meta device, offloaded"):
+            fastlora.disable_adapter(model).__enter__()
+        with fastlora.disable_adapter(plain):
+            assert torch.equal(plain(ids()), y)
+        for function in (fastlora.merge_lora, fastlora.adapter_state_dict):
+            with pytest.raises(ValueError, match=f"{function.__name__}: .*on the meta device"):
+                function(plain)
+        plain.layers[0].q._merged_alpha = 1.0
+        with pytest.raises(
+            ValueError, match=r"disable_adapter: layers\.0\.q: weight, A, B on the meta device"
+        ):
+            fastlora.disable_adapter(plain).__enter__()
 
     def test_moved_to_another_kind_of_tensor_inside(self):
         model = fastlora.apply_lora(Small(), ["q"], modules_to_save=["lm_head"])

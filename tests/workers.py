@@ -214,6 +214,34 @@ def fsdp_refuses_to_merge(rank):
     assert [type(module) for module in net.modules()] == before
 
 
+def fsdp_refuses_to_disable(rank):
+    """With modules to save: FSDP2 would put the trained values back."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for apart in (False, True):
+        net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12))
+        fastlora.apply_lora(net, ["0"], modules_to_save=["2"])
+        if apart:
+            fully_shard(net[2], mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="disable_adapter: fully_shard holds the parameters of 2 "):
+                fastlora.disable_adapter(net).__enter__()
+            net(torch.randn(4, 8)).sum().backward()
+    # What it does not hold can be exchanged.
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12))
+    fastlora.apply_lora(net, ["0"], modules_to_save=["2"])
+    fully_shard(net[0], mesh=mesh)
+    x = torch.randn(4, 8)
+    y = net(x)
+    with torch.no_grad():
+        net[2].bias.add_(1.0)
+    with fastlora.disable_adapter(net):
+        assert torch.equal(net(x), y)
+
+
 def fsdp_root_only(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
