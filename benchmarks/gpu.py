@@ -3,14 +3,14 @@
     python benchmarks/gpu.py --out DIR [--only both decode ...] [--minutes 9] [--proof FILE]
 
 Needs no install of the package. Stops by itself inside its minutes and says what it left out. Nothing is
-timed unless the tests marked cuda and fastlora's own checks pass; the proof, DIR/correctness.json or FILE,
-remembers that they did, for the same source, GPU and versions, so that a later call goes on to the tables.
-Left out of these tests, for their time, are TestFuzz of tests/test_faults.py, and those of the Hopper loop,
-which is off by default: section hopper runs them before it times it, last of all.
+timed unless the tests marked cuda and fastlora's own checks pass, or --anyway is given; the proof,
+DIR/correctness.json or FILE, remembers how they ended, for the same source, GPU and versions, so that a later
+call goes on to the tables. Left out of these tests, for their time, are TestFuzz of tests/test_faults.py, and
+those of the Hopper loop, which is off by default: section hopper runs them before it times it, last of all.
 
 DIR/gpu.csv        every row, stamped with GPU, driver, torch, triton, commit and date; a later call appends
 DIR/checks.csv     the checks before the tables
-DIR/*.png          the ratios
+DIR/*.png          the ratios (benchmarks/plot.py draws them later from gpu.csv where --no-pictures is given)
 DIR/summary.json   environment, what was measured, what was left out by the latest call
 DIR/*.log          output of the tests
 
@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -117,6 +117,9 @@ TESTS = (
     "tests -m cuda --ignore=tests/test_hopper.py --deselect=tests/test_faults.py::TestFuzz "
     "--deselect=tests/test_tune.py::test_on_this_gpu"
 )
+# Seconds that they may take, in several processes: what is left belongs to the tables.
+TESTS_SECONDS, MOST_TEST_PROCESSES = 300.0, 12
+NO_TESTS = 5  # pytest's exit status where it has collected none
 HOPPER_TESTS, HOPPER_SECONDS = ["tests/test_hopper.py", "-m", "cuda"], 120.0
 
 
@@ -248,37 +251,58 @@ def proof(stamp: Environment, tests: list[str]) -> dict[str, object]:
     }
 
 
-def run_tests(arguments: list[str], log: Path, seconds: float) -> str:
-    """OK, or what is wrong: a failure, no test that passed, or no end within ``seconds``."""
-    with tempfile.TemporaryDirectory() as folder, log.open("w", encoding="utf-8") as output:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, str(Path(source_tree.__file__)), "-m", "pytest", *arguments]
-        command += ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        # A session of its own, so that a hung test's children end with it.
-        process = subprocess.Popen(
-            command, cwd=source_tree.ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait(timeout=max(seconds, 0.0))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def run_tests(arguments: list[str], log: Path, seconds: float, processes: int = 1) -> str:
+    """OK, or what is wrong: a failure, no test that passed, or no end within ``seconds``.
+
+    ``processes``: that share the tests (tests/conftest.py deals them out): compiling is most of their time.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        running = []
+        for part in range(processes):
+            command = [sys.executable, str(Path(source_tree.__file__)), "-m", "pytest", *arguments]
+            command += ["-q", "-p", "no:cacheprovider", f"--junitxml={folder / f'{part}.xml'}"]
+            with (folder / f"{part}.log").open("w", encoding="utf-8") as output:
+                # A session of its own, so that a hung test's children end with it.
+                process = subprocess.Popen(
+                    command,
+                    cwd=source_tree.ROOT,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, "FASTLORA_TEST_PART": f"{part}/{processes}"},
+                )
+            running.append(process)
+        end = time.monotonic() + max(seconds, 0.0)
+        statuses, hung = [], 0
+        for process in running:
+            try:
+                statuses.append(process.wait(timeout=max(end - time.monotonic(), 0.0)))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                hung += 1
+        outputs = [(folder / f"{part}.log").read_text(encoding="utf-8") for part in range(processes)]
+        # Those of processes that failed last, where the end of the log is printed.
+        order = sorted(range(processes), key=lambda part: running[part].returncode not in (0, NO_TESTS))
+        log.write_text("".join(outputs[part] for part in order), encoding="utf-8")
+        if hung:
             return f"the tests did not end within {seconds:.0f} s"
-        if status != 0:
-            return f"pytest ended with status {status}"
-        suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+        # A part may be empty, all of them not.
+        failed = [status for status in statuses if status not in (0, NO_TESTS)]
+        if failed or (NO_TESTS in statuses and len(set(statuses)) == 1):
+            return f"pytest ended with status {(failed or statuses)[0]}"
+        suites = [
+            suite
+            for part, status in enumerate(statuses)
+            if status == 0
+            for suite in ElementTree.parse(folder / f"{part}.xml").getroot().iter("testsuite")
+        ]
         counts = {
             key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")
         }
         passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
         return OK if passed > 0 else f"no test passed ({counts['skipped']} skipped)"
-
-
-def default_tests() -> list[str]:
-    """TESTS, in several processes where pytest-xdist is there: compiling is most of their time."""
-    workers = min(12, (os.cpu_count() or 1) - 2)
-    parallel = importlib.util.find_spec("xdist") is not None and workers > 1
-    return shlex.split(TESTS) + (["-n", str(workers)] if parallel else [])
 
 
 def check_providers(providers: Providers, target: Target) -> list[Row]:
@@ -288,7 +312,8 @@ def check_providers(providers: Providers, target: Target) -> list[Row]:
     cases = [(shape, dropout) for shape in shapes for dropout in (0.0, 0.1)]
     rows = []
     for shape, dropout in (*cases, *((group, 0.0) for group in groups)):
-        for dtype in dtypes:
+        # float16 takes the same paths; a kernel is compiled for it anew.
+        for dtype in dtypes if shape in shapes[-1:] else dtypes[:1]:
             plan = target.plan("correctness", (), dtype=dtype, bias=True, dropout=dropout)
             make = KINDS[type(shape)].make
             checks = Checks(make(shape, dtype, target.device, bias=True, dropout=dropout))
@@ -305,14 +330,26 @@ def wrong_rows(rows: list[Row]) -> list[Row]:
 
 
 def correctness(
-    out: Path, proof_file: Path, providers: Providers, target: Target, stamp, tests, seconds
+    out: Path, proof_file: Path, providers: Providers, target: Target, stamp, tests, seconds, anyway
 ) -> str:
-    """OK, or why nothing may be timed. An earlier call's proof is taken where it still holds."""
+    """OK, or why nothing may be timed. An earlier call's proof is taken where it still holds.
+
+    ``anyway``: that of a failure too, instead of running the tests again.
+    """
     valid_for = proof(stamp, tests)
-    if proof_file.exists() and json.loads(proof_file.read_text()) == valid_for:
-        print(f"correctness: shown by an earlier call ({proof_file})", flush=True)
-        return OK
-    status = run_tests(tests, out / "tests.log", seconds)
+    earlier = json.loads(proof_file.read_text()) if proof_file.exists() else {}
+    status = earlier.pop("status", None)
+    if earlier == valid_for and (status == OK or anyway):
+        print(f"correctness: shown by an earlier call ({proof_file}): {status}", flush=True)
+        return status
+    status = _correctness(out, providers, target, stamp, tests, seconds)
+    write_json(proof_file, {**valid_for, "status": status})
+    return status
+
+
+def _correctness(out: Path, providers: Providers, target: Target, stamp, tests, seconds) -> str:
+    processes = 1 if target.dry else max(1, min(MOST_TEST_PROCESSES, (os.cpu_count() or 1) - 2))
+    status = run_tests(tests, out / "tests.log", min(seconds, TESTS_SECONDS), processes)
     print(f"correctness: pytest {' '.join(tests)}: {status}", flush=True)
     if status != OK:
         print((out / "tests.log").read_text(encoding="utf-8")[-3000:], flush=True)
@@ -326,10 +363,8 @@ def correctness(
             print(
                 f"  {row.provider} M{row.M}-N{row.N}-K{row.K}-R{row.R} {row.dtype}: {row.status}", flush=True
             )
-    if wrong := wrong_rows(rows):
-        return f"{len(wrong)} of fastlora's checks failed"
-    write_json(proof_file, valid_for)
-    return OK
+    wrong = wrong_rows(rows)
+    return f"{len(wrong)} of fastlora's checks failed" if wrong else OK
 
 
 # --- The run ---------------------------------------------------------------------------------------------
@@ -412,6 +447,8 @@ def watchdog(seconds: float, report: Callable[[], None] = lambda: None) -> threa
                 "stopped: the last measurement did not end; gpu.csv has what was measured before it",
                 flush=True,
             )
+            for child in multiprocessing.active_children():  # which would hold the output open
+                child.kill()
             os._exit(3)
 
     timer = threading.Timer(seconds, stop)
@@ -445,6 +482,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--anyway", action="store_true", help="time even if tests fail; the rows' commit says that they did"
     )
+    parser.add_argument("--no-pictures", action="store_true", help="leave them to benchmarks/plot.py")
     parser.add_argument(
         "--dry-run-cpu",
         action="store_true",
@@ -496,10 +534,10 @@ def run(
     stamp = environment(target.device)
     print(stamp, flush=True)
     out, providers = arguments.out, arguments.providers
-    tests = default_tests() if arguments.tests is None else shlex.split(arguments.tests)
+    tests = shlex.split(TESTS if arguments.tests is None else arguments.tests)
 
     proof_file = arguments.proof or out / "correctness.json"
-    status = correctness(out, proof_file, providers, target, stamp, tests, allowed)
+    status = correctness(out, proof_file, providers, target, stamp, tests, allowed, anyway=arguments.anyway)
     progress.summary = {"environment": asdict(stamp), "sections": arguments.only, "correctness": status}
     if status != OK:
         progress.wrong.append(status)
@@ -515,7 +553,8 @@ def run(
     run_units(work, budget, writer, progress, target.device)
     writer.close()
     progress.report(out, timers)
-    pictures(newest(read_csv(out / "gpu.csv")[0]), stamp, out)
+    if not arguments.no_pictures:
+        pictures(newest(read_csv(out / "gpu.csv")[0]), stamp, out)
     print(f"{time.monotonic() - start:.0f} s; results in {out}")
     return 1 if progress.wrong or wrong_rows(progress.rows) else 0
 

@@ -218,7 +218,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 NOISE = "frozen-again"
-PEFT = "peft"
+PEFT, PEFT_ALIKE = "peft", "peft-same-dtype"
 
 
 def ratio_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
@@ -255,7 +255,9 @@ def _cell(ratios: Sequence[float], shapes: int) -> str:
 
 
 def step_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
-    """The training steps of section "model": time, tokens a second, PEFT's time over it, memory.
+    """The training steps of section "model": time, tokens a second, PEFT's times over it, memory.
+
+    PEFT's adapters are float32 by default, and then its products are too; "alike" are those of the base's.
 
     A block for each (shape, dtype, timer). ``timers``: only these.
     """
@@ -268,14 +270,16 @@ def step_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
     lines = ["a training step of one decoder layer: forward, backward, AdamW on the adapters"]
     for (M, N, K, R, dtype, timer), block in blocks.items():
         lines.append(f"{M // N} x {N} tokens, hidden {K}, rank {R}, {dtype}, {timer} timer")
-        heads = ("step ms", "tokens/s", "over PEFT", "peak MiB", "kept MiB")
+        heads = ("step ms", "tokens/s", "over PEFT", "over alike", "peak MiB", "kept MiB")
         lines.append(" " * 28 + "".join(f"{head:>11}" for head in heads))
-        peft = next((row.median_ms for row in block if row.provider == PEFT), None)
+        pefts = [
+            next((r.median_ms for r in block if r.provider == name), None) for name in (PEFT, PEFT_ALIKE)
+        ]
         for row in block:
             cells = (
                 f"{row.median_ms:.3f}",
                 f"{M / row.median_ms * 1e3:.0f}",
-                "-" if peft is None else f"{peft / row.median_ms:.3f}x",
+                *("-" if peft is None else f"{peft / row.median_ms:.3f}x" for peft in pefts),
                 "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
                 "-" if row.saved_mib is None else f"{row.saved_mib:.1f}",
             )

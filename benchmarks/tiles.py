@@ -7,12 +7,13 @@ are right are then timed in turns with the shipped shape and the BLAS call.
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import itertools
 import multiprocessing
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import source_tree
@@ -29,6 +30,8 @@ from shapes import Shape  # noqa: E402
 from fastlora import planner  # noqa: E402
 from fastlora.kernels import configs  # noqa: E402
 
+# Seconds that the processes may take for the candidates of one product and shape.
+CHECK_SECONDS = 90.0
 # What is tried of each kernel; the other fields stay as they are shipped.
 GRIDS: dict[type, dict[str, tuple[int, ...]]] = {
     configs.ProjectConfig: {
@@ -159,21 +162,44 @@ def _pool() -> tuple[int, concurrent.futures.ProcessPoolExecutor]:
 
 
 def wrong_candidates(product: str, shape: Shape, plan: Plan) -> dict[str, str]:
-    """What is wrong with each candidate that is not right, found by processes of their own."""
+    """What is wrong with each candidate that is not right, found by processes of their own.
+
+    A process that dies takes its pool with it, and the shares of the others: each is tried once more, alone.
+    """
+    workers, _ = _pool()
+    wrong: dict[str, str] = {}
+    left = _checked(product, shape, plan, range(workers), wrong)
+    for part in left:
+        for _ in _checked(product, shape, plan, [part], wrong):
+            names = _share(product, shape, plan, part, workers)
+            wrong |= dict.fromkeys(names, "error: in one share with others: its process died")
+    return wrong
+
+
+def _checked(
+    product: str, shape: Shape, plan: Plan, parts: Iterable[int], wrong: dict[str, str]
+) -> list[int]:
+    """Adds to ``wrong``; returns the shares of which nothing is known, as a process died."""
     workers, pool = _pool()
-    shares = [pool.submit(check_share, product, shape, plan, part, workers) for part in range(workers)]
-    wrong, broken = {}, False
-    for part, share in enumerate(shares):
+    shares = {part: pool.submit(check_share, product, shape, plan, part, workers) for part in parts}
+    end = time.monotonic() + CHECK_SECONDS
+    left, broken = [], False
+    for part, share in shares.items():
         try:
-            wrong |= share.result()
+            wrong |= share.result(timeout=max(0.0, end - time.monotonic()))
+            continue
+        except concurrent.futures.process.BrokenProcessPool:
+            left.append(part)
         except Exception as failure:
             names = _share(product, shape, plan, part, workers)
             wrong |= dict.fromkeys(names, f"error: in one share with others: {one_line(failure)}")
-            broken = True
+        broken = True
     if broken:  # no later share may meet that process
-        pool.shutdown(cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
         _pool.cache_clear()
-    return wrong
+    return left
 
 
 def _share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -> dict[str, configs.Config]:

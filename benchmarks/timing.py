@@ -190,22 +190,35 @@ def in_turn(functions: Iterable[Callable[[], object]]) -> Callable[[], None]:
 def captured(function: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
     """The replay of a CUDA graph of ``function``, captured on ``stream``, which must also hold its forward.
 
-    Autograd runs a backward node on the stream of its forward, hence one stream for both.
+    Autograd runs a backward node on the stream of its forward, hence one stream for both. The replay keeps
+    ``function`` alive: the graph reads and writes what it holds, a kept forward or an optimizer's state, at
+    addresses that the allocator would give to others.
     """
-    stream.wait_stream(torch.cuda.current_stream())
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP_CALLS):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
-    return graph.replay
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            function()
+    finally:
+        torch.cuda.set_stream(current)  # which PyTorch 2.11 leaves out where the capture fails at its end
+
+    def replay(kept: Callable[[], object] = function) -> None:
+        graph.replay()
+
+    return replay
 
 
 def input_sets(bytes_per_set: int, device: torch.device, fewest: int = 2) -> int:
-    """How many input sets to rotate: on a GPU together three times its L2 cache, one on a CPU."""
+    """How many input sets to rotate: on a GPU together three times its L2 cache, one on a CPU.
+
+    ``bytes_per_set``: what the timed calls read of one.
+    """
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -247,16 +260,14 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
 class Budget:
     """Stops a list of measurements inside its time, and remembers what it left out.
 
-    A unit of work starts only if the longest unit so far (``first_guess`` seconds before there is one) would
-    still fit, with a tenth to spare.
+    A unit of work starts only if the longest so far of its kind, the first word of its name, would still fit,
+    with a tenth to spare.
     """
 
-    def __init__(
-        self, seconds: float, first_guess: float = 0.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._end = clock() + seconds
-        self._longest = first_guess
+        self._longest: dict[str, float] = {}
         self.left_out: list[str] = []
 
     @property
@@ -266,12 +277,13 @@ class Budget:
     def run(self, name: str, unit: Callable[[], object], guess: float = 0.0) -> bool:
         """Runs ``unit`` if its time allows, else notes ``name`` as left out; whether it ran.
 
-        ``guess``: seconds that this unit may take if it is of another kind than those before it.
+        ``guess``: seconds that this unit may take if it is the first of its kind.
         """
-        if self.remaining < 1.1 * max(self._longest, guess) or self.remaining <= 0:
+        kind = name.split()[0]
+        if self.remaining < 1.1 * self._longest.get(kind, guess) or self.remaining <= 0:
             self.left_out.append(name)
             return False
         start = self._clock()
         unit()
-        self._longest = max(self._longest, self._clock() - start)
+        self._longest[kind] = max(self._longest.get(kind, 0.0), self._clock() - start)
         return True

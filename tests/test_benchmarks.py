@@ -1,11 +1,14 @@
 """The benchmark suite's own machinery: its gate, its clocks, its files, and the GPU script end to end."""
 
+import contextlib
 import csv
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -494,6 +497,18 @@ def test_wrong_tile_candidates_are_not_timed(monkeypatch, product):
     assert table.splitlines()[2].split()[3] == "triton"
 
 
+def die_in_share_1(product, shape, plan, part, parts):
+    if part == 1:
+        os.abort()
+    return {}
+
+
+def hang_in_share_1(product, shape, plan, part, parts):
+    if part == 1:
+        time.sleep(300)
+    return {}
+
+
 def test_tile_candidates_are_checked_by_other_processes(monkeypatch):
     """A share that breaks its process costs its candidates, and the next product gets new processes."""
     if torch.cuda.is_available():
@@ -507,11 +522,21 @@ def test_tile_candidates_are_checked_by_other_processes(monkeypatch):
         workers, first = tiles._pool()
         monkeypatch.setattr(tiles, "check_share", os.kill)  # takes no such arguments, and raises
         wrong = tiles.wrong_candidates("h", shape, PLAN)
-        assert wrong.keys() == {
-            name for part in (0, 1) for name in tiles._share("h", shape, PLAN, part, workers)
-        }
+        everyone = {name for part in (0, 1) for name in tiles._share("h", shape, PLAN, part, workers)}
+        assert wrong.keys() == everyone
         assert {status.split(": ")[2] for status in wrong.values()} == {"TypeError"}
         assert tiles._pool()[1] is not first
+
+        monkeypatch.setattr(tiles, "check_share", die_in_share_1)
+        wrong = tiles.wrong_candidates("h", shape, PLAN)
+        assert wrong.keys() == set(tiles._share("h", shape, PLAN, 1, workers))
+        assert {status.split(": ")[2] for status in wrong.values()} == {"its process died"}
+
+        monkeypatch.setattr(tiles, "check_share", hang_in_share_1)
+        monkeypatch.setattr(tiles, "CHECK_SECONDS", 20.0)
+        wrong = tiles.wrong_candidates("h", shape, PLAN)
+        assert wrong.keys() == set(tiles._share("h", shape, PLAN, 1, workers))
+        assert {status.split(": ")[2] for status in wrong.values()} == {"TimeoutError"}
     finally:
         tiles._pool()[1].shutdown()
         tiles._pool.cache_clear()
@@ -606,10 +631,13 @@ def test_budget_stops_and_says_what_it_left_out():
         return lambda: now.__setitem__(0, now[0] + seconds)
 
     budget = timing.Budget(10.0, clock=lambda: now[0])
-    ran = [budget.run(name, lasting(s)) for name, s in (("a", 1.0), ("b", 4.0), ("c", 4.0), ("d", 0.1))]
-    # After a and b 5 s are left, enough for another b; after c 1 s is not.
-    assert ran == [True, True, True, False]
-    assert budget.left_out == ["d"]
+    work = (("x a", 1.0), ("x b", 4.0), ("x c", 4.0), ("x d", 0.1), ("y a", 0.3), ("y b", 0.1))
+    ran = [budget.run(name, lasting(s), guess=0.5) for name, s in work]
+    # After a and b 5 s are left, enough for another b; after c 1 s is not, but enough for another kind, and
+    # its guess is forgotten once one of it has run.
+    assert ran == [True, True, True, False, True, True]
+    assert not budget.run("z a", lasting(0.1), guess=0.6)
+    assert budget.left_out == ["x d", "z a"]
 
 
 # --- Files ---
@@ -670,12 +698,13 @@ def test_ratio_table_counts_shapes():
 def test_step_table():
     base = results.Row("model", 48, 24, 32, 4, "float32", False, 0.0, "step", "cpu", "peft", median_ms=4.0)
     rows = [base, replace(base, provider="fastlora", median_ms=3.2, peak_mib=12.0, saved_mib=1.25)]
+    rows.append(replace(base, provider="peft-same-dtype", median_ms=3.6))
     table = results.step_table([*rows, replace(base, mode="both", median_ms=1.0)])
     lines = [line.split() for line in table.splitlines()]
     assert "2 x 24 tokens, hidden 32, rank 4, float32, cpu timer" in table
-    assert ["peft", "4.000", "12000", "1.000x", "-", "-"] in lines
-    assert ["fastlora", "3.200", "15000", "1.250x", "12", "1.2"] in lines
-    assert len(lines) == 5
+    assert ["peft", "4.000", "12000", "1.000x", "0.900x", "-", "-"] in lines
+    assert ["fastlora", "3.200", "15000", "1.250x", "1.125x", "12", "1.2"] in lines
+    assert len(lines) == 6
     assert results.step_table([]) == "no training step was measured"
 
 
@@ -791,7 +820,7 @@ def test_gpu_script_leaves_out_what_does_not_fit(dry_run, tmp_path, capsys, monk
     class Spent(timing.Budget):
         def __init__(self, seconds):
             super().__init__(seconds)
-            self._longest = 0.0
+            self._longest = dict.fromkeys(("training", "decode"), 0.0)
 
         @property
         def remaining(self):
@@ -864,7 +893,7 @@ def test_gpu_script_times_nothing_if_the_tests_fail(dry_run, tmp_path, capsys, t
     assert dry_run("--only", "both", tests=tests) == 1
     assert f"correctness: {message}; nothing was timed" in capsys.readouterr().out
     assert not (tmp_path / "out" / "gpu.csv").exists()
-    assert not (tmp_path / "out" / "correctness.json").exists()
+    assert dry_run("--only", "both", tests="def test(): pass") == 0  # run anew, whatever the proof says
 
 
 def test_gpu_script_ends_hung_tests(tmp_path):
@@ -935,8 +964,72 @@ def test_gpu_script_can_time_in_spite_of_failing_tests(dry_run, tmp_path, capsys
     rows, stamp = results.read_csv(out / "gpu.csv")
     assert {row.provider for row in rows if row.ratio} == {"frozen", "eager", "fastlora"}
     assert "+failing-tests" in stamp
-    assert not (out / "correctness.json").exists()
     assert json.loads((out / "summary.json").read_text())["wrong"] == ["pytest ended with status 1"]
+    (tmp_path / "test_it.py").unlink()
+    capsys.readouterr()
+    arguments = ["--out", str(out), "--providers", "frozen,eager,fastlora", "--only", "both"]
+    arguments += ["--tests", str(tmp_path / "test_it.py"), "--anyway", "--no-pictures", "--dry-run-cpu"]
+    assert gpu.main(arguments) == 1
+    assert "shown by an earlier call" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "status"), [(5, "OK"), (40, "OK"), (40, "failed"), (0, "none")])
+def test_gpu_script_shares_the_tests_among_processes(tmp_path, count, status):
+    """Each test runs in one of them, whether there are tests for all or not."""
+    failing = f"assert i != {count - 1}" if status == "failed" else "pass"
+    (tmp_path / "conftest.py").write_text(
+        (ROOT / "tests" / "conftest.py")
+        .read_text()
+        .replace(
+            "sys.path.insert(0, str(Path(__file__).parent))", f"sys.path.insert(0, {str(ROOT / 'tests')!r})"
+        )
+    )
+    (tmp_path / "test_it.py").write_text(
+        f"import pytest\n@pytest.mark.parametrize('i', range({count}))\n"
+        f"def test(i):\n    open({str(tmp_path)!r} + f'/ran-{{i}}', 'x')\n    {failing}\n"
+        if count
+        else ""
+    )
+    found = gpu.run_tests([str(tmp_path / "test_it.py")], tmp_path / "log", 120.0, processes=3)
+    assert len(list(tmp_path.glob("ran-*"))) == count
+    expected = {
+        "OK": results.OK,
+        "failed": "pytest ended with status 1",
+        "none": "pytest ended with status 5",
+    }
+    assert found == expected[status]
+    if status == "failed":
+        assert "1 failed" in (tmp_path / "log").read_text()[-3000:]
+
+
+def test_a_replay_keeps_what_it_replays(monkeypatch):
+    """A graph reads what its function holds, the forward that a backward pass needs above all."""
+    if torch.cuda.is_available():
+        pytest.skip("a stand-in for CUDA")
+
+    class Stand(contextlib.nullcontext):
+        def __init__(self, *_, **__):
+            super().__init__()
+
+        def wait_stream(self, stream):
+            pass
+
+        def replay(self):
+            pass
+
+    for name in ("graph", "stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Stand)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stand)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    held = torch.zeros(3)
+    alive = weakref.ref(held)
+    replay = timing.captured(lambda held=held: held.add_(1), Stand())
+    del held
+    replay()
+    assert alive() is not None
+    del replay
+    assert alive() is None
 
 
 def test_gpu_script_default_tests_are_collected():
@@ -947,7 +1040,6 @@ def test_gpu_script_default_tests_are_collected():
         path, *parts = name.split("::")
         text = (ROOT / path).read_text()
         assert all(f"class {part}" in text or f"def {part}" in text for part in parts), name
-    assert gpu.default_tests()[: len(gpu.TESTS.split())] == gpu.TESTS.split()
 
 
 def test_a_rival_that_breaks_after_its_check_costs_its_own_rows():
