@@ -366,7 +366,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     if isinstance(model, FusedLoRALinear):
         raise ValueError("merge_lora: the model itself is the adapted layer; use its to_linear()")
     check_enabled(model, "merge_lora")
-    if _is_fully_sharded(model):
+    if _fully_sharded(model.modules()):
         raise ValueError(
             "merge_lora: fully_shard holds the model's layers, which cannot be replaced; save_adapter, then "
             "load_adapter and merge_lora on a model that is whole"
@@ -404,19 +404,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return ungroup_projections(model)
 
 
-def _is_fully_sharded(model: nn.Module, path: str | None = None) -> bool:
-    """Whether FSDP2 shards a part of the model, or of the module at ``path``.
-
-    Importing FSDP2 takes a while, so it is only looked up.
-    """
+def _fully_sharded(modules: Iterable[nn.Module]) -> list[Any]:
+    """The modules among these that FSDP2 shards; importing it takes a while, so it is only looked up."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return False
-    if path is None:
-        return any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
-    root = model.get_submodule(path)
-    above = [m for name, m in model.named_modules() if not name or path.startswith(f"{name}.")]
-    return any(isinstance(m, fsdp.FSDPModule) for m in (*above, *root.modules()))
+    return [] if fsdp is None else [m for m in modules if isinstance(m, fsdp.FSDPModule)]
 
 
 def require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinear]:
@@ -434,11 +425,12 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block the model is the frozen one: no updates, and saved modules with their original values.
 
     For the reference model of DPO and the like. Blocks nest and overlap, also those of several threads: the
-    model is the frozen one until the last of them ends. The parameters' values are not written, so that
-    autograd graphs from outside stay valid, but what a checkpoint recomputes inside the block it recomputes
-    of the frozen model; call ``backward`` outside. Casts and moves made inside last. A copy of the model made
-    inside stays the frozen one, and ``state_dict`` warns that it holds original values. Of a merged layer,
-    the unmerged weight is held inside the block (the original up to rounding).
+    model is the frozen one until the last of them ends. The parameters' values are not written (but in
+    FSDP2's shards, to which no graph refers), so that autograd graphs from outside stay valid, but what a
+    checkpoint recomputes inside the block it recomputes of the frozen model; call ``backward`` outside. Casts
+    and moves made inside last. A copy of the model made inside stays the frozen one, and ``state_dict`` warns
+    that it holds original values. Of a merged layer, the unmerged weight is held inside the block (the
+    original up to rounding). Of a model that FSDP2 shards, give the whole, not a part.
 
     Args:
         model: with at least one adapted layer (a PEFT model has a ``disable_adapter`` of its own).
@@ -448,8 +440,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: on entry, if the model has no adapted layer; a saved module whose original values are
-            unknown (it was on the meta device when it was marked) or cannot be put in (FSDP2 shards it, or
-            it is offloaded: either would put the trained values back).
+            unknown (it was on the meta device when it was marked) or cannot be put in (it is offloaded, which
+            would put the trained values back).
         TypeError: on entry, if ``model`` is no module.
     """
     layers = require_layers(model, "disable_adapter")
@@ -457,7 +449,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         if layer.merged:
             layer._check_values(f"disable_adapter: {path}")
     roots = saved_modules(model)
-    _check_replaceable(model, roots)
+    _check_replaceable(roots)
     unknown = [path for path, root in roots.items() if not _has_original(root)]
     if unknown:
         raise ValueError(
@@ -467,15 +459,17 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     with ExitStack() as blocks:
         for layer in layers.values():
             blocks.enter_context(_changed(layer, _disable_layer))
-        for root in roots.values():
-            blocks.enter_context(_changed(root, _use_original))
+        for path, root in roots.items():
+            above = (m for name, m in model.named_modules() if not name or path.startswith(f"{name}."))
+            holders = _fully_sharded((*above, *root.modules()))
+            blocks.enter_context(_changed(root, partial(_use_original, holders)))
         for encoder in _adapted_encoders(model):
             if hasattr(encoder, "_used_nested_tensor"):
                 blocks.enter_context(_changed(encoder, _use_nested_tensors))
         yield model
 
 
-def _check_replaceable(model: nn.Module, roots: Mapping[str, nn.Module]) -> None:
+def _check_replaceable(roots: Mapping[str, nn.Module]) -> None:
     """ValueError if something holds the parameters of saved modules and gives them back in a forward pass."""
     within = {module: path for path, root in roots.items() for module in root.modules()}
     offloaded = [path for module, path in within.items() if any(t.is_meta for _, t in saved_tensors(module))]
@@ -484,12 +478,6 @@ def _check_replaceable(model: nn.Module, roots: Mapping[str, nn.Module]) -> None
         raise ValueError(
             f"disable_adapter: {listing(offloaded)} on the meta device, offloaded (by accelerate, say): its "
             "trained values would come back in the forward pass"
-        )
-    sharded = [path for path in roots if _is_fully_sharded(model, path)]
-    if sharded:
-        raise ValueError(
-            f"disable_adapter: fully_shard holds the parameters of {listing(sharded)} and would put the "
-            "trained values back; keep it out of fully_shard (ignored_params), or do without modules_to_save"
         )
 
 
@@ -574,17 +562,45 @@ def uses_original(root: nn.Module) -> bool:
     return root._saved_with_adapter == "original"
 
 
-def _use_original(root: nn.Module, undo: ExitStack) -> None:
+def _use_original(holders: Sequence[Any], root: nn.Module, undo: ExitStack) -> None:
+    """``holders``: the modules around and inside whose parameters FSDP2 holds."""
     _set(root, "_saved_with_adapter", "original", undo)
     undo.callback(root.register_state_dict_pre_hook(_warn_of_original).remove)
+    _reshard(holders)
     for module in root.modules():
-        for name, _ in list(saved_tensors(module)):
+        for name, tensor in list(saved_tensors(module)):
             original: Any = module._buffers[_ORIGINAL + name]
-            if name in module._parameters:
-                _exchange(module, name, nn.Parameter(original, requires_grad=False), undo)
-            else:
+            if name not in module._parameters:
                 # A copy: a buffer such as BatchNorm's running mean is written by a forward pass.
                 _exchange(module, name, original.clone(), undo)
+            elif holders and any_dtensor(tensor):
+                _exchange_values(tensor, original, undo)
+            else:
+                _exchange(module, name, nn.Parameter(original, requires_grad=False), undo)
+    # What a forward pass has gathered inside the block is not what comes after it.
+    undo.callback(_reshard, holders)
+
+
+def _reshard(holders: Iterable[Any]) -> None:
+    """Have the modules hold their own sharded parameters, not what FSDP2 has gathered of them."""
+    for holder in holders:
+        holder.reshard()
+
+
+@torch.no_grad()
+def _exchange_values(parameter: Any, original: Tensor, undo: ExitStack) -> None:
+    """Other values in a parameter that FSDP2 holds, and would put back in another's place.
+
+    No graph refers to them: it refers to what was gathered, and gathers again for its backward pass.
+    """
+    kept = parameter.detach().clone()
+    undo.callback(_copy, parameter, kept)
+    parameter.copy_(sharded_like(parameter, original))
+
+
+@torch.no_grad()
+def _copy(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value)
 
 
 def _warn_of_original(root: nn.Module, prefix: str, keep_vars: bool) -> None:

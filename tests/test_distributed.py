@@ -58,8 +58,13 @@ class TestFSDP2:
     def test_refuses_to_merge(self, pair):
         pair.run(workers.fsdp_refuses_to_merge)
 
-    def test_refuses_to_disable_what_it_holds(self, pair):
-        pair.run(workers.fsdp_refuses_to_disable)
+    @pytest.mark.parametrize("apart", [False, True])
+    @pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}], ids=str)
+    def test_disabled_with_modules_to_save(self, pair, apart, options):
+        pair.run(workers.fsdp_disabled, apart, options)
+
+    def test_disabled_between_forward_and_backward(self, pair):
+        pair.run(workers.fsdp_gradients_beside_disabled)
 
     def test_one_group_for_the_whole_model(self, pair):
         pair.run(workers.fsdp_root_only)

@@ -214,32 +214,64 @@ def fsdp_refuses_to_merge(rank):
     assert [type(module) for module in net.modules()] == before
 
 
-def fsdp_refuses_to_disable(rank):
-    """With modules to save: FSDP2 would put the trained values back."""
+def _with_head(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.BatchNorm1d(12))
+    return net.eval()
+
+
+def fsdp_disabled(rank, apart, options):
+    """With modules to save, before a step and after it: the frozen model inside, the trained one after it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (WORLD,))
-    for apart in (False, True):
-        net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12))
-        fastlora.apply_lora(net, ["0"], modules_to_save=["2"])
-        if apart:
-            fully_shard(net[2], mesh=mesh)
-        fully_shard(net, mesh=mesh)
-        for _ in range(2):
-            with pytest.raises(ValueError, match="disable_adapter: fully_shard holds the parameters of 2 "):
-                fastlora.disable_adapter(net).__enter__()
-            net(torch.randn(4, 8)).sum().backward()
-    # What it does not hold can be exchanged.
-    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12))
-    fastlora.apply_lora(net, ["0"], modules_to_save=["2"])
-    fully_shard(net[0], mesh=mesh)
-    x = torch.randn(4, 8)
-    y = net(x)
-    with torch.no_grad():
-        net[2].bias.add_(1.0)
-    with fastlora.disable_adapter(net):
-        assert torch.equal(net(x), y)
+    base, net = _with_head(0), _with_head(0)
+    fastlora.apply_lora(net, ["0"], modules_to_save=["2", "3"])
+    if apart:
+        fully_shard(net[2], mesh=mesh, **options)
+    fully_shard(net, mesh=mesh, **options)
+    trained = dict(net.named_parameters())
+    optimizer = torch.optim.SGD([p for p in trained.values() if p.requires_grad], 0.5)
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(1)).chunk(WORLD)[rank]
+    for _ in range(3):
+        with torch.no_grad():
+            expected = net(x)
+            with fastlora.disable_adapter(net), fastlora.disable_adapter(net):
+                torch.testing.assert_close(net(x), base(x))
+            torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+        y = net(x)  # its graph lives on while the values are exchanged
+        with torch.no_grad(), fastlora.disable_adapter(net):
+            reference = net(x)
+        (y - reference + 1).square().sum().backward()
+        assert all(p.grad is not None for p in trained.values() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p is trained[name] for name, p in net.named_parameters())
+    assert not torch.allclose(net(x), base(x), atol=0.1)
+
+
+def fsdp_gradients_beside_disabled(rank):
+    """A reference pass between forward and backward changes no gradient."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(1)).chunk(WORLD)[rank]
+    found = []
+    for disabled in (False, True):
+        net = _with_head(0)
+        fastlora.apply_lora(net, ["0"], modules_to_save=["2", "3"])
+        with torch.no_grad():
+            net[2].weight.mul_(1.5)
+            net[0].A.fill_(0.1)
+        fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)))
+        y = net(x)
+        if disabled:
+            with torch.no_grad(), fastlora.disable_adapter(net):
+                net(x)
+        y.square().sum().backward()
+        found.append([whole(p.grad) for p in net.parameters() if p.requires_grad])
+    torch.testing.assert_close(*found)
 
 
 def fsdp_root_only(rank):
