@@ -488,7 +488,9 @@ def blas_step(problem: Problem, name: str, reason: str) -> Step:
     step = _step(problem, name, "addmm", reason)
     if not (problem.dropout and name == "dx") or kernel_step(problem, name).config is None:
         return step
-    return dataclasses.replace(step, config=configs.select_update(problem.R))
+    return dataclasses.replace(
+        step, config=configs.select_update(problem.R), reason=f"{reason}; a kernel adds the dropped update"
+    )
 
 
 def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
