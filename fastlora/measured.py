@@ -28,8 +28,8 @@ OK = "ok"
 # The products of a layer, and with them the sizes that each depends on; "forward" is h and y together, which
 # one launch makes for few tokens, "g+dA" these two together, which one launch makes from one reading of dy.
 SIZES = {"h": "K", "y": "NK", "g": "N", "dx": "NK", "dA": "N", "dB": "K", "forward": "NK", "g+dA": "N"}
-# The paths of each product; "together" is the one launch, "apart" g and dA each on its own fastest path. Of dx
-# with dropout, "addmm" is the BLAS's product and the kernel that adds the update.
+# The paths of each product; "together" is the one launch, "apart" g and dA each on its own fastest path. Of
+# dx with dropout, "addmm" is the BLAS's product and the kernel that adds the update.
 PATHS = {
     **dict.fromkeys(SIZES, ("triton", "addmm")),
     "forward": ("small", "triton", "addmm"),
