@@ -21,6 +21,7 @@ measurement, 2 no GPU, 3 a measurement hung.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -251,6 +252,9 @@ def proof(stamp: Environment, tests: list[str]) -> dict[str, object]:
     }
 
 
+_testing: list[subprocess.Popen] = []
+
+
 def run_tests(arguments: list[str], log: Path, seconds: float, processes: int = 1) -> str:
     """OK, or what is wrong: a failure, no test that passed, or no end within ``seconds``.
 
@@ -273,6 +277,7 @@ def run_tests(arguments: list[str], log: Path, seconds: float, processes: int = 
                     env={**os.environ, "FASTLORA_TEST_PART": f"{part}/{processes}"},
                 )
             running.append(process)
+        _testing.extend(running)
         end = time.monotonic() + max(seconds, 0.0)
         statuses, hung = [], 0
         for process in running:
@@ -282,6 +287,7 @@ def run_tests(arguments: list[str], log: Path, seconds: float, processes: int = 
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 hung += 1
+        _testing.clear()
         outputs = [(folder / f"{part}.log").read_text(encoding="utf-8") for part in range(processes)]
         # Those of processes that failed last, where the end of the log is printed.
         order = sorted(range(processes), key=lambda part: running[part].returncode not in (0, NO_TESTS))
@@ -447,8 +453,12 @@ def watchdog(seconds: float, report: Callable[[], None] = lambda: None) -> threa
                 "stopped: the last measurement did not end; gpu.csv has what was measured before it",
                 flush=True,
             )
-            for child in multiprocessing.active_children():  # which would hold the output open
+            # Which would hold the output open, or the GPU.
+            for child in multiprocessing.active_children():
                 child.kill()
+            for process in _testing:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             os._exit(3)
 
     timer = threading.Timer(seconds, stop)

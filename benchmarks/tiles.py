@@ -181,9 +181,15 @@ def _checked(
 ) -> list[int]:
     """Adds to ``wrong``; returns the shares of which nothing is known, as a process died."""
     workers, pool = _pool()
-    shares = {part: pool.submit(check_share, product, shape, plan, part, workers) for part in parts}
     end = time.monotonic() + CHECK_SECONDS
     left, broken = [], False
+    shares = {}
+    for part in parts:
+        try:
+            shares[part] = pool.submit(check_share, product, shape, plan, part, workers)
+        except concurrent.futures.process.BrokenProcessPool:  # one died while it was idle
+            left.append(part)
+            broken = True
     for part, share in shares.items():
         try:
             wrong |= share.result(timeout=max(0.0, end - time.monotonic()))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fastlora.function import autocast_on, check_dropout, lora_linear
 
 _OWN_ATTRIBUTES = ("alpha", "dropout", "adapter_enabled", "_merged_alpha", "_weight_shared_with")
-_OWN_TENSORS = ("weight", "bias", "A", "B", "parametrizations")
-# Buffers of this prefix hold what disable_adapter has taken out of a module; see fastlora.surgery.
-TRAINED = "_trained_"
+# The child that holds what disable_adapter has taken out of a module; see fastlora.surgery.
+PUT_ASIDE = "_put_aside"
+_OWN_PARTS = ("weight", "bias", "A", "B", "parametrizations", PUT_ASIDE)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOK_DICTS = (
     "_forward_hooks",
@@ -60,7 +60,7 @@ def _copy_extras(source: nn.Module, target: nn.Module) -> None:
     """Hand on what others have registered on a module, such as an observer's counters; shared, not copied."""
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, value in vars(source)[kind].items():
-            if name not in _OWN_TENSORS and not name.startswith(TRAINED):
+            if name not in _OWN_PARTS:
                 vars(target)[kind][name] = value
                 if name in source._non_persistent_buffers_set:
                     target._non_persistent_buffers_set.add(name)
@@ -98,7 +98,7 @@ def why_unusable(linear: nn.Linear) -> str | None:
         if not isinstance(getattr(linear, name), (nn.Parameter, NoneType)):
             return f"its {name} is computed from {', '.join(sorted(extra)) or 'another tensor'}"
     taken = [name for name in extra if name in _OWN_ATTRIBUTES or hasattr(FusedLoRALinear, name)]
-    taken += [name for name in extra if name in _OWN_TENSORS]
+    taken += [name for name in extra if name in _OWN_PARTS]
     if taken:
         return f"it holds {', '.join(sorted(taken))}, which the adapted layer has a use of its own for"
     if linear.weight.dtype not in _DTYPES:

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlora.kernels.configs import ALIGNED
+
 # Raised whenever the meaning of a row changes, or the kernels so much that older times are of no use.
 VERSION = 2
 OK = "ok"
@@ -137,18 +139,21 @@ class Table:
     ) -> Finding | None:
         """The rows of the nearest shape in this family, None where none is near or no path may be chosen.
 
-        ``refused``: paths that may not, though they passed at this shape. ``exact``: of this N and K alone.
+        ``refused``: paths that may not, though they passed at this shape. ``exact``: of this N and K alone;
+        rows of sizes that the kernels read slowly are always for these alone.
         """
         asked = {"N": N, "K": K}
 
         def ratios(shape: tuple[int, int, int, int]) -> list[float]:
             known = {"N": shape[1], "K": shape[2]}
-            return [abs(math.log2(asked[size] / known[size])) for size in SIZES[key[4]]]
+            ratios = [abs(math.log2(asked[size] / known[size])) for size in SIZES[key[4]]]
+            odd = exact or any(known[size] % ALIGNED for size in SIZES[key[4]])
+            return [math.inf if odd and ratio else ratio for ratio in ratios]
 
         shapes = [
             shape
             for shape in self._rows.get(key, ())
-            if bucket(shape[0]) == bucket(M) and max(ratios(shape)) <= (0 if exact else _NEAR)
+            if bucket(shape[0]) == bucket(M) and max(ratios(shape)) <= _NEAR
         ]
         if not shapes:
             return None

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import flops, reference
-from fastlora.kernels.configs import HopperConfig, select_gemm
+from fastlora.kernels.configs import ALIGNED, HopperConfig, select_gemm
 from fastlora.planner import (
-    ALIGNED,
     GroupPlan,
     Plan,
     Problem,
@@ -468,12 +467,14 @@ def _backward(
     dx = dA = dB = dbias = None
     with _scope(dy):
         plan = _plan(dy.device, dy.dtype, A.dtype, M, N, K, R, dropout > 0.0, mode)
+        # As in forward, whose h has dropout's factor or not by it.
+        all_addmm = plan.all_addmm
         if not (need_dA and (need_dx or need_dB)):
             plan = plan.apart
         if need_dbias:
             dbias = dy_2d.sum(0)
         drop = _dropout(dropout, seed, M, K)
-        if plan.all_addmm:
+        if all_addmm:
             x_2d = x if flat or x is None else x.reshape(M, K)
             dx, dA, dB = _addmm_backward(dy_2d, x_2d, weight, A, B, h, alpha, drop, need_dx, need_dA, need_dB)
             return dx if flat or dx is None else dx.reshape(*dy.shape[:-1], K), dA, dB, dbias
@@ -568,9 +569,11 @@ def _group_forward(
     """x: (..., K), weights: (N_i, K), As: (N_i, R_i), Bs: (R_i, K) -> each y: (..., N_i), h: (M, sum R_i)."""
     M, K = _rows(x), x.shape[-1]
     Ns, Rs = tuple(w.shape[0] for w in weights), tuple(B.shape[0] for B in Bs)
-    x_2d = _for_kernels(x if x.dim() == 2 else x.reshape(M, K), mode)
+    x_2d = x if x.dim() == 2 else x.reshape(M, K)
     with _scope(x):
         plan = _group_plan(x.device, x.dtype, _widest(A.dtype for A in As), M, Ns, K, Rs, dropout > 0.0, mode)
+        if plan.launches:
+            x_2d = _for_kernels(x_2d, mode)
         branches = list(zip(plan.branches, weights, As, Bs, _in_memory(biases), alphas, strict=True))
         if plan.one_launch:
             made = [
@@ -666,7 +669,7 @@ def _group_backward(
     wanting = [i for i in live if need_dB[i]]
     first, K, n = given[live[0]], weights[0].shape[1], len(dys)
     M = _rows(first)
-    dys_2d = {i: _for_kernels(given[i].reshape(M, weights[i].shape[0]), mode) for i in live}
+    dys_2d = {i: given[i].reshape(M, weights[i].shape[0]) for i in live}
     dx = dB = None
     dAs: list[Tensor | None] = [None] * n
     dbiases: list[Tensor | None] = [None] * n
@@ -674,6 +677,8 @@ def _group_backward(
         Ns, Rs = tuple(weights[i].shape[0] for i in live), tuple(Bs[i].shape[0] for i in live)
         adapter_dtype = _widest(A.dtype for A in As)
         plan = _group_plan(first.device, first.dtype, adapter_dtype, M, Ns, K, Rs, dropout > 0.0, mode)
+        if plan.launches:
+            dys_2d = {i: _for_kernels(dy, mode) for i, dy in dys_2d.items()}
         steps = dict(zip(live, plan.branches, strict=True))
         parts: Sequence[Tensor] = () if h is None else h.split([B.shape[0] for B in Bs], 1)
         for i in live:
@@ -699,6 +704,8 @@ def _group_backward(
             dtype = _widest(Bs[i].dtype for i in wanting)
             # A slice of all of it has no rule for batched gradients.
             part = g if rank == g.shape[1] else g[:, :rank]
+            x_2d = x.reshape(M, K)
+            x_2d = _for_kernels(x_2d, mode) if plan.launches else x_2d
             dB = _token_sum(
                 plan.dB, _for_kernels(x.reshape(M, K), mode), part, 1.0, dtype, transposed=True, drop=drop
             )

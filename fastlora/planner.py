@@ -99,8 +99,6 @@ _HOPPER_TOKENS = 128
 _MASK, _INTEGER_RATE = 10, 64 * 1.5e9
 # The share of the loop's rate that is left beside the mask, whose registers the widest tiles lack.
 _MASKED_LOOP = 0.9
-# The kernels read 16 bytes at a time only where sizes and strides are multiples of this many elements.
-ALIGNED = 16
 # How much faster than memory the L2 cache is at the least: an estimate, for what every program reads again.
 _L2 = 1.3
 
@@ -134,8 +132,9 @@ class Plan:
 
     @functools.cached_property
     def all_addmm(self) -> bool:
-        """Whether every product takes the addmm form, which then runs as one short chain."""
-        return all(getattr(self, name).path == "addmm" for name in self.__dataclass_fields__)
+        """Whether every product takes the addmm form without a kernel: it then runs as one short chain."""
+        steps = [getattr(self, name) for name in self.__dataclass_fields__]
+        return all(step.path == "addmm" and step.config is None for step in steps)
 
     @functools.cached_property
     def one_launch(self) -> bool:
@@ -193,6 +192,13 @@ class GroupPlan:
     dx: Step
     dB: Step
     branches: tuple[Plan, ...]
+
+    @functools.cached_property
+    def launches(self) -> bool:
+        """Whether any product takes a kernel."""
+        steps = [self.h, self.dx, self.dB]
+        steps += [getattr(branch, name) for branch in self.branches for name in ("y", "g", "dA")]
+        return any(step.config is not None for step in steps)
 
     @functools.cached_property
     def one_launch(self) -> bool:
@@ -412,9 +418,12 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
         return dx
     capability = p.device.capability or configs.MIN_CAPABILITY
     config = configs.select_gemm(capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
+    chosen = mode == "auto" and p.device.kind == "cuda" and p.dtype in _HALF and not why_not_triton(p)
+    if chosen and any(size % configs.ALIGNED for size in (p.K, *Ns)):
+        return blas_step(p, "dx", f"K={p.K}, N={', '.join(map(str, Ns))}: {_SLOW}")
     if dx.path == "triton":
         return dataclasses.replace(dx, config=config)
-    if mode != "auto" or p.device.kind != "cuda" or p.dtype not in _HALF or why_not_triton(p):
+    if not chosen:
         return dx
     loop = _loop(p)
     measured_otherwise = _find(p, "dx") or "triton" in measured.failed(**_key(p, "dx"))
@@ -582,7 +591,10 @@ def _find(problem: Problem, product: str) -> measured.Finding | None:
 
 def _is_aligned(problem: Problem, product: str) -> bool:
     """Whether the kernels can read the operands of a product 16 bytes at a time."""
-    return not any(getattr(problem, size) % ALIGNED for size in measured.SIZES[product])
+    return not any(getattr(problem, size) % configs.ALIGNED for size in measured.SIZES[product])
+
+
+_SLOW = "the kernels are slow where a size is no multiple of 16"
 
 
 def _estimated_step(problem: Problem, name: str) -> Step:
@@ -600,12 +612,12 @@ def _estimated_step(problem: Problem, name: str) -> Step:
         return Step(kernel.primitive, "triton", kernel.config, reason)
     if "addmm" in failed:
         return dataclasses.replace(kernel, reason="the addmm form failed its check on this GPU")
-    if not _is_aligned(problem, name):
-        sizes = ", ".join(f"{size}={getattr(problem, size)}" for size in measured.SIZES[name])
-        return blas_step(problem, name, f"{sizes}: the kernels are slow where a size is no multiple of 16")
     if isinstance(kernel.config, configs.HopperConfig):
         reason = "FASTLORA_HOPPER=1 asks for the warp-specialised loop, which has not been measured"
         return Step(kernel.primitive, "triton", kernel.config, reason)
+    if not _is_aligned(problem, name):
+        sizes = ", ".join(f"{size}={getattr(problem, size)}" for size in measured.SIZES[name])
+        return blas_step(problem, name, f"{sizes}: {_SLOW}")
     reason, faster = _compare(problem, name, kernel.config)
     return dataclasses.replace(kernel, reason=reason) if faster else blas_step(problem, name, reason)
 

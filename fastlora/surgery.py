@@ -27,7 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastlora.function import any_dtensor, check_dropout
 from fastlora.group import check_model, ungroup_projections
 from fastlora.linear import (
-    TRAINED,
+    PUT_ASIDE,
     FusedLoRALinear,
     _keep_fast_path_off,
     check_adapter_dtype,
@@ -181,6 +181,7 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
                 modules[path], spec.rank, spec.alpha, spec.dropout, spec.adapter_dtype
             )
         split = [change for root in roots for change in _split_saved(model, root)]
+        untied = {root for _, root in split if root is not None}
     except BaseException:
         for parameter, trainable in was_trainable.items():
             parameter.requires_grad_(trainable)
@@ -188,16 +189,8 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
             _remove_own_hook(modules[path])
         raise
     _swap(model, replacements)
-    untied = False
-    for change, own in split:
+    for change, _ in split:
         change()
-        untied |= own
-    if untied:
-        warnings.warn(
-            f"{listing(list(saved))} shared a weight with another module and has its own now, to be trained; "
-            "tie_weights() would undo that",
-            stacklevel=3,
-        )
     for root in roots:
         root._saved_with_adapter = True
     _freeze(model, roots)
@@ -209,10 +202,22 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
     shared = _shared_weights(model)
     for layer in replacements.values():
         layer._weight_shared_with = shared.get(layer, ())
+    if untied:
+        paths = [path for path, root in saved_modules(model).items() if root in untied]
+        warnings.warn(
+            f"a weight that {listing(paths)} shared with another module is its own now, to be trained; "
+            "tie_weights() would undo that",
+            stacklevel=3,
+        )
 
 
-def _is_trained_by_peft(module: nn.Module) -> bool:
-    return hasattr(module, "get_base_layer") and any(p.requires_grad for p in module.parameters())
+def _is_trained_by_peft(module: Any) -> bool:
+    """Whether PEFT trains a part of this module: an adapter, a copy to save or a prompt."""
+    if not type(module).__module__.startswith(("peft.", "fastlora.")) or not hasattr(module, "_modules"):
+        return False
+    parts = ("prompt_encoder", *getattr(module, "adapter_layer_names", ()))
+    held = (module._modules.get(part) for part in parts)
+    return any(p.requires_grad for part in held if part is not None for p in part.parameters())
 
 
 def _remove_own_hook(module: nn.Module) -> None:
@@ -251,10 +256,10 @@ def _adapted_encoders(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and adapted_layers(m)]
 
 
-def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[tuple[Callable[[], None], bool]]:
+def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[tuple[Callable[[], None], nn.Module | None]]:
     """Changes that give a module to save its own trainable tensors, with the original values beside them.
 
-    And whether each takes the tensor from another module, with which it was shared.
+    Each with the module if the tensor was shared with another one, and is not any more.
 
     PEFT trains a copy of the whole module. Here the tensors stay, so that optimizers and names do, unless a
     parameter's memory is another module's too: training it would change that module.
@@ -269,7 +274,8 @@ def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[tuple[Callable[[
                 original = original.clone()
             elif tensor not in copies:
                 copies[tensor] = nn.Parameter(original.clone(), tensor.requires_grad)
-            yield partial(_keep_original, module, name, original, copies.get(tensor)), tensor in copies
+            own = copies.get(tensor)
+            yield partial(_keep_original, module, name, original, own), None if own is None else root
 
 
 def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -430,7 +436,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     checkpoint recomputes inside the block it recomputes of the frozen model; call ``backward`` outside. Casts
     and moves made inside last. A copy of the model made inside stays the frozen one, and ``state_dict`` warns
     that it holds original values. Of a merged layer, the unmerged weight is held inside the block (the
-    original up to rounding). Of a model that FSDP2 shards, give the whole, not a part.
+    original up to rounding). Of a model that FSDP2 shards, give the whole, not a part; its saved modules and
+    merged layers refuse a forward pass that records gradients.
 
     Args:
         model: with at least one adapted layer (a PEFT model has a ``disable_adapter`` of its own).
@@ -457,12 +464,11 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             "device when it was marked to be saved"
         )
     with ExitStack() as blocks:
-        for layer in layers.values():
-            blocks.enter_context(_changed(layer, _disable_layer))
+        for path, layer in layers.items():
+            holders = _holders(model, path, layer) if layer.merged else ()
+            blocks.enter_context(_changed(layer, partial(_disable_layer, holders)))
         for path, root in roots.items():
-            above = (m for name, m in model.named_modules() if not name or path.startswith(f"{name}."))
-            holders = _fully_sharded((*above, *root.modules()))
-            blocks.enter_context(_changed(root, partial(_use_original, holders)))
+            blocks.enter_context(_changed(root, partial(_use_original, _holders(model, path, root))))
         for encoder in _adapted_encoders(model):
             if hasattr(encoder, "_used_nested_tensor"):
                 blocks.enter_context(_changed(encoder, _use_nested_tensors))
@@ -514,18 +520,40 @@ def _set(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> N
     setattr(module, attribute, value)
 
 
+class _PutAside(nn.Module):
+    """A child that holds what disable_adapter has taken out of a module, so that casts and moves reach it.
+
+    A copy of the model gets an empty one. The identity, for parents that call their children in turn.
+    """
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+    def __deepcopy__(self, memo: dict) -> _PutAside:
+        return _PutAside()
+
+    def __reduce__(self) -> tuple:
+        return _PutAside, ()
+
+
 def _exchange(module: nn.Module, name: str, tensor: Tensor, undo: ExitStack) -> None:
-    """Put another tensor in the place of a module's own, which stays as a buffer, so that casts reach it."""
+    """Put another tensor in the place of a module's own."""
     own = getattr(module, name)
     kept = own.detach() if isinstance(own, nn.Parameter) else own
-    module.register_buffer(TRAINED + name, kept, persistent=False)
+    aside: Any = module._modules.get(PUT_ASIDE)
+    if aside is None:
+        aside = _PutAside()
+        module.add_module(PUT_ASIDE, aside)
+    aside.register_buffer(name, kept, persistent=False)
     undo.callback(_put_back, module, name, own, kept)
     setattr(module, name, tensor)
 
 
 def _put_back(module: nn.Module, name: str, own: Any, kept: Tensor) -> None:
-    now: Any = module._buffers.pop(TRAINED + name)
-    module._non_persistent_buffers_set.discard(TRAINED + name)
+    aside: Any = module._modules[PUT_ASIDE]
+    now: Any = aside._buffers.pop(name)
+    if not aside._buffers:
+        del module._modules[PUT_ASIDE]
     if not isinstance(own, nn.Parameter):
         own = now
     elif now is not kept and torch._has_compatible_shallow_copy_type(own, now):
@@ -537,11 +565,15 @@ def _put_back(module: nn.Module, name: str, own: Any, kept: Tensor) -> None:
     setattr(module, name, own)
 
 
-def _disable_layer(layer: FusedLoRALinear, undo: ExitStack) -> None:
+def _disable_layer(holders: Sequence[Any], layer: FusedLoRALinear, undo: ExitStack) -> None:
     if layer._merged_alpha is not None:
         # Another tensor, not unmerge() and merge(): each pair of those would round the weight anew.
-        weight = nn.Parameter(layer._updated_weight(-layer._merged_alpha), requires_grad=False)
-        _exchange(layer, "weight", weight, undo)
+        with _sharded(holders, layer, undo):
+            weight = layer._updated_weight(-layer._merged_alpha)
+            if holders and any_dtensor(layer.weight):
+                _exchange_values(layer.weight, weight, undo)
+            else:
+                _exchange(layer, "weight", nn.Parameter(weight, requires_grad=False), undo)
         _set(layer, "_merged_alpha", None, undo)
     _set(layer, "adapter_enabled", False, undo)
     # The frozen model's TransformerEncoderLayer takes its fast path, whose results differ in the last bits.
@@ -566,41 +598,67 @@ def _use_original(holders: Sequence[Any], root: nn.Module, undo: ExitStack) -> N
     """``holders``: the modules around and inside whose parameters FSDP2 holds."""
     _set(root, "_saved_with_adapter", "original", undo)
     undo.callback(root.register_state_dict_pre_hook(_warn_of_original).remove)
-    _reshard(holders)
-    for module in root.modules():
-        for name, tensor in list(saved_tensors(module)):
-            original: Any = module._buffers[_ORIGINAL + name]
-            if name not in module._parameters:
-                # A copy: a buffer such as BatchNorm's running mean is written by a forward pass.
-                _exchange(module, name, original.clone(), undo)
-            elif holders and any_dtensor(tensor):
-                _exchange_values(tensor, original, undo)
-            else:
-                _exchange(module, name, nn.Parameter(original, requires_grad=False), undo)
-    # What a forward pass has gathered inside the block is not what comes after it.
-    undo.callback(_reshard, holders)
+    with _sharded(holders, root, undo):
+        for module in list(root.modules()):
+            for name, tensor in list(saved_tensors(module)):
+                original: Any = module._buffers[_ORIGINAL + name]
+                if name not in module._parameters:
+                    # A copy: a buffer such as BatchNorm's running mean is written by a forward pass.
+                    _exchange(module, name, original.clone(), undo)
+                elif holders and any_dtensor(tensor):
+                    _exchange_values(tensor, sharded_like(tensor, original), undo)
+                else:
+                    _exchange(module, name, nn.Parameter(original, requires_grad=False), undo)
+
+
+def _holders(model: nn.Module, path: str, module: nn.Module) -> list[Any]:
+    """The modules around and inside the one called ``path`` whose parameters FSDP2 holds."""
+    above = (m for name, m in model.named_modules() if not name or path.startswith(f"{name}."))
+    return _fully_sharded((*above, *module.modules()))
+
+
+@contextmanager
+def _sharded(holders: Sequence[Any], module: nn.Module, undo: ExitStack) -> Iterator[None]:
+    """While other values are put into ``module``, and again while they are taken out, it holds its shards."""
+    if holders:
+        undo.callback(_reshard, holders)
+        # Its backward pass would gather the module's own values, which may be back by then.
+        undo.callback(module.register_forward_pre_hook(_refuse_gradients).remove)
+        _reshard(holders)
+    yield
+    if holders:
+        undo.callback(_reshard, holders)
 
 
 def _reshard(holders: Iterable[Any]) -> None:
-    """Have the modules hold their own sharded parameters, not what FSDP2 has gathered of them."""
     for holder in holders:
         holder.reshard()
 
 
+def _refuse_gradients(module: nn.Module, inputs: tuple) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"disable_adapter: {type(module).__name__} is sharded by fully_shard, whose backward pass would "
+            "gather the trained values again: use torch.no_grad() inside"
+        )
+
+
 @torch.no_grad()
-def _exchange_values(parameter: Any, original: Tensor, undo: ExitStack) -> None:
+def _exchange_values(parameter: Any, values: Tensor, undo: ExitStack) -> None:
     """Other values in a parameter that FSDP2 holds, and would put back in another's place.
 
-    No graph refers to them: it refers to what was gathered, and gathers again for its backward pass.
+    Graphs from outside refer to what was gathered, and gather again for their backward pass.
     """
     kept = parameter.detach().clone()
-    undo.callback(_copy, parameter, kept)
-    parameter.copy_(sharded_like(parameter, original))
+    undo.callback(_write, parameter, kept)
+    _write(parameter, values)
 
 
 @torch.no_grad()
-def _copy(parameter: Tensor, value: Tensor) -> None:
-    parameter.copy_(value)
+def _write(parameter: Tensor, values: Tensor) -> None:
+    if parameter.device.type == "cpu" and torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # An offloaded shard may still be on its way to the GPU.
+    parameter.copy_(values)
 
 
 def _warn_of_original(root: nn.Module, prefix: str, keep_vars: bool) -> None:

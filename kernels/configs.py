@@ -24,6 +24,8 @@ MAX_RANK = 256
 # Branches that one launch of group_dx sums.
 MAX_BRANCHES = 4
 
+# The kernels read 16 bytes at a time only where sizes and strides are multiples of this many elements.
+ALIGNED = 16
 # Tensor-core tiles have at least 16 rows and columns, so smaller ranks are padded with zeros in registers.
 _MIN_BLOCK = 16
 # Bytes of dy that the programs of one region of backward share, a quarter of it on sm_86. A few regions in

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 import fastlora
 from fastlora import ops, planner
-from fastlora.kernels import backward, hopper
+from fastlora.kernels import backward, hopper, update
 
 # (M, K, N, R)
 SHAPES = [(1, 1, 1, 1), (1, 1000, 17, 3), (17, 48, 1, 200), (33, 24, 40, 1), (500, 77, 24, 72)]
@@ -61,6 +61,10 @@ def run_layers(M, K, N, R, dtype, dropout):
         torch.autograd.backward(ys, [normal(M, N), normal(M, N)])
     config = planner.backward_config(planner.Problem(ops.describe(x.device), dtype, M, N, K, R))
     backward.g_and_dA(x.new_empty(M, N), A, x.new_empty(M, R), 2.0, config, A.dtype)
+    if dropout:
+        seed = torch.zeros(1, dtype=torch.int64)
+        config = planner.configs.select_update(R)
+        update.add_update(x.new_empty(M, K), x.new_empty(M, R), B, 2.0, config, seed, 7)
 
 
 def run_hopper(M, D, E, R):

@@ -519,6 +519,10 @@ def test_tile_candidates_are_checked_by_other_processes(monkeypatch):
     shape = Shape(5, 24, 17, 3)
     try:
         assert tiles.wrong_candidates("h", shape, PLAN) == {}
+        for process in list(tiles._pool()[1]._processes.values()):
+            process.kill()
+            process.join()
+        assert tiles.wrong_candidates("h", shape, PLAN) == {}
         workers, first = tiles._pool()
         monkeypatch.setattr(tiles, "check_share", os.kill)  # takes no such arguments, and raises
         wrong = tiles.wrong_candidates("h", shape, PLAN)

@@ -63,6 +63,9 @@ class TestFSDP2:
     def test_disabled_with_modules_to_save(self, pair, apart, options):
         pair.run(workers.fsdp_disabled, apart, options)
 
+    def test_disabled_with_merged_layers(self, pair):
+        pair.run(workers.fsdp_disabled_and_merged)
+
     def test_disabled_between_forward_and_backward(self, pair):
         pair.run(workers.fsdp_gradients_beside_disabled)
 

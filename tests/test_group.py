@@ -550,6 +550,20 @@ class TestPlan:
         assert isinstance(plan.dx.config, configs.GemmConfig)
         assert self.plan(dropout=True, mode="addmm").dx.config is None
 
+    @pytest.mark.parametrize(
+        ("Ns", "K"), [((4096, 1024, 1024), 4104), ((1000, 1000), 4096), ((520, 504), 1024)]
+    )
+    @pytest.mark.parametrize("dropout", [False, True])
+    def test_sizes_that_the_kernels_read_slowly(self, Ns, K, dropout):
+        for device in (L40S, H200):
+            plan = self.plan(Ns=Ns, K=K, Rs=(16,) * len(Ns), device=device, dropout=dropout)
+            assert plan.dx.path == "addmm"
+            assert (plan.dx.config is not None) == dropout
+            assert "the kernels are slow" in plan.dx.reason
+            assert plan.launches or not dropout
+        assert not self.plan(Ns=Ns, K=K, Rs=(16,) * len(Ns), mode="addmm").launches
+        assert not self.plan(Ns=Ns, K=K, Rs=(16,) * len(Ns), device=Device("cpu")).launches
+
     def test_wider_adapters_are_read_as_they_lie_for_g_alone(self):
         plan = self.plan(Rs=(64, 64, 128), adapter_dtype=torch.float32, mode="triton")
         assert plan.h.config == configs.select_project(90, 132, 8192, 256, 2)

@@ -181,8 +181,9 @@ def test_off_unless_asked_for():
     assert not isinstance(plan.y.config, configs.HopperConfig)
 
 
-def test_plan(asked_for):
-    plan = planner.make_plan(problem())
+@pytest.mark.parametrize("N", [1024, 1032])  # the other kernels would read 1032 element by element
+def test_plan(asked_for, N):
+    plan = planner.make_plan(problem(N=N))
     for step in (plan.y, plan.dx):
         assert step.config == configs.select_hopper(132, 16)
         assert step.path == "triton"

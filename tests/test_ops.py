@@ -9,7 +9,7 @@ from cases import HALF, dtype_id, every_run, tensors
 from torch._subclasses import FakeTensorMode
 
 import fastlora
-from fastlora import ops
+from fastlora import ops, planner, reference
 
 forward = torch.ops.fastlora.lora_forward.default
 backward = torch.ops.fastlora.lora_backward.default
@@ -256,3 +256,27 @@ def test_activations_are_copied_where_the_kernels_would_read_them_slowly(strides
     assert ops._aligned(odd) is odd  # a copy's rows would begin no better
     for mode in ("auto", "triton"):
         assert ops._for_kernels(p, mode) is p  # on a CPU, or asked for
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_dA_alone_of_a_plan_that_makes_it_with_g(monkeypatch, kernels):
+    """h has dropout's factor or not by the forward pass's plan, which may have a kernel that this lacks."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off in a process with a GPU")
+    M, N, K, R, p = 64, 24, 40, 4, 0.5
+    case = tensors(M, N, K, R, torch.float32)
+    problem = planner.Problem(planner.Device("cpu"), torch.float32, M, N, K, R, True)
+    plan = planner.make_plan(problem, "addmm")
+    if kernels:
+        steps = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
+        plan = planner.Plan(**planner._g_with_dA(steps, planner.backward_config(problem), "measured"))
+    assert plan.apart.all_addmm
+    assert plan.all_addmm is not kernels
+    monkeypatch.setattr(ops, "_plan", lambda *_: plan)
+    seed = torch.tensor([3])
+    _, h = ops._forward(case.x, case.weight, case.A, case.B, None, 1.5, p, seed, "auto")
+    arguments = (case.dy, case.x, case.weight, case.A, case.B, h, 1.5, p, seed)
+    dA = ops._backward(*arguments, False, True, False, False, "auto")[1]
+    keep = reference.keep_mask(seed, M, K, p).double() / (1 - p)
+    exact = 1.5 * case.dy.double().t() @ ((case.x.double() * keep) @ case.B.double().t())
+    torch.testing.assert_close(dA.double(), exact, rtol=1e-4, atol=1e-4)

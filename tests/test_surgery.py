@@ -574,7 +574,7 @@ class TestModulesToSave:
         if tie == "memory":
             model.lm_head.weight = nn.Parameter(model.embed.weight.detach())
         y, embedding = model(ids()), model.embed.weight
-        with pytest.warns(UserWarning, match=r"lm_head shared a weight .* tie_weights\(\) would undo that"):
+        with pytest.warns(UserWarning, match=r"weight that lm_head shared with .* tie_weights\(\) would"):
             fastlora.apply_lora(model, ["q"], modules_to_save=["lm_head"])
         assert model.embed.weight is embedding
         assert not embedding.requires_grad
@@ -585,6 +585,15 @@ class TestModulesToSave:
         assert torch.equal(embedding, value)
         with fastlora.disable_adapter(model):
             assert torch.equal(model(ids()), y)
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_warning_that_is_an_error_changes_the_model_whole(self):
+        model = Small(tied=True)
+        with pytest.raises(UserWarning, match="lm_head shared"):
+            fastlora.apply_lora(model, ["q"], modules_to_save=["score", "lm_head"])
+        assert list(targets.saved_modules(model)) == ["score", "lm_head"]
+        assert not model.embed.weight.requires_grad
+        assert model.lm_head.weight.requires_grad
 
     @pytest.mark.parametrize("calls", [(["embed", "lm_head"],), (["embed"], ["lm_head"])])
     def test_both_holders_of_a_tied_weight(self, calls):
@@ -710,6 +719,18 @@ class TestDisableAdapter:
             model.to("meta")
         assert model.lm_head.weight.is_meta
         assert model.lm_head.weight.requires_grad
+
+    def test_copies_made_inside_leave_out_what_it_has_put_aside(self):
+        model = trained(fastlora.apply_lora(Small(), ["q"], modules_to_save=["score", "lm_head"]).eval())
+        model.layers[1].q.merge()
+        names = set(dict(model.named_buffers()))
+        with fastlora.disable_adapter(model):
+            y = model(ids())
+            copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        for each in copies:
+            assert set(dict(each.named_buffers())) == names
+            assert torch.equal(each(ids()), y)
+        assert not torch.equal(model(ids()), y)
 
     def test_plain_linear_made_inside(self):
         model = trained(fastlora.apply_lora(Small(), ["q"]))
@@ -912,6 +933,20 @@ class TestStates:
         wrapped.requires_grad_(False)
         fastlora.apply_lora(wrapped, ["v"])
         assert len(adapted(wrapped)) == 3
+
+    def test_only_what_peft_trains_counts(self):
+        """A head that it saves does, a base weight that somebody else trains does not."""
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["q"], modules_to_save=["lm_head"])
+        wrapped = peft.get_peft_model(Small(), config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(False)
+        with unchanged(wrapped), pytest.raises(ValueError, match=r"PEFT's adapters of .*lm_head are trained"):
+            fastlora.apply_lora(wrapped, ["v"])
+        wrapped.requires_grad_(False)
+        wrapped.base_model.model.layers[0].q.base_layer.weight.requires_grad_(True)
+        fastlora.apply_lora(wrapped, ["v"])
 
     def test_all_linear_of_a_model_of_pefts(self):
         peft = pytest.importorskip("peft")

@@ -300,6 +300,12 @@ class TestPlan:
         assert planned(mode="triton").path == "triton"
         assert "use_path" in planned(mode="triton").reason
 
+    def test_a_row_of_odd_sizes_is_for_these_alone(self, cache):
+        without = planned(N=4096).y
+        write(cache, pair(900.0, 300.0, N=4104))
+        assert planned(N=4104).reason == "tuned here: triton 900.0 us, addmm 300.0 us"
+        assert planned(N=4096).y == without
+
     @pytest.mark.parametrize("sizes", [{"M": 0}, {"N": 0}, {"K": 0}], ids=str)
     def test_empty_layers(self, cache, sizes):
         write(cache, [r for name in STEPS for r in pair(1.0, 2.0, product=name)])

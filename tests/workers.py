@@ -251,6 +251,34 @@ def fsdp_disabled(rank, apart, options):
     assert not torch.allclose(net(x), base(x), atol=0.1)
 
 
+def fsdp_disabled_and_merged(rank):
+    """The unmerged weights go into the shards too; gradients inside are refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    base, net = _with_head(0), _with_head(0)
+    fastlora.apply_lora(net, ["0", "2"], rank=3)
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.A.fill_(0.3)
+            layer.merge()
+    fully_shard(net[0], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        with torch.no_grad(), fastlora.disable_adapter(net):
+            torch.testing.assert_close(net(x), base(x))
+        with (
+            fastlora.disable_adapter(net),
+            pytest.raises(RuntimeError, match="Linear is sharded by fully_shard"),
+        ):
+            net(x)
+        y = net(x.clone().requires_grad_())
+        assert not torch.allclose(y, base(x), atol=0.1)
+        y.sum().backward()
+
+
 def fsdp_gradients_beside_disabled(rank):
     """A reference pass between forward and backward changes no gradient."""
     from torch.distributed.device_mesh import init_device_mesh
