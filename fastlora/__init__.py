@@ -8,6 +8,7 @@ package loads no Triton and asks no device.
 
 from fastlora import reference
 from fastlora.adapters import load_adapter, save_adapter
+from fastlora.disable import disable_adapter
 from fastlora.function import lora_linear, plan
 from fastlora.group import group_projections, lora_linear_group, ungroup_projections
 from fastlora.linear import FusedLoRALinear
@@ -17,7 +18,6 @@ from fastlora.planner import use_path
 from fastlora.surgery import (
     adapter_state_dict,
     apply_lora,
-    disable_adapter,
     load_adapter_state_dict,
     merge_lora,
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastlora.function import autocast_on, check_dropout, lora_linear
 
 _OWN_ATTRIBUTES = ("alpha", "dropout", "adapter_enabled", "_merged_alpha", "_weight_shared_with")
-# The child that holds what disable_adapter has taken out of a module; see fastlora.surgery.
+# The child that holds what disable_adapter has taken out of a module; see fastlora.disable.
 PUT_ASIDE = "_put_aside"
 _OWN_PARTS = ("weight", "bias", "A", "B", "parametrizations", PUT_ASIDE)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

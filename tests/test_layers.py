@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A module imports those of the layers below its own, at the top of its file or in a function.
 LAYERS = (
-    ("fastlora.atomic", "fastlora.kernels.configs", "fastlora.measured"),
+    ("fastlora.kernels.configs",),
+    ("fastlora.atomic", "fastlora.measured"),
     ("fastlora.flops", "fastlora.planner", "fastlora.reference"),
     ("fastlora.ops",),
     ("fastlora.function",),
@@ -19,7 +20,7 @@ LAYERS = (
     ("fastlora.group",),
     ("fastlora.targets",),
     ("fastlora.surgery",),
-    ("fastlora.overview", "fastlora.peft_layer"),
+    ("fastlora.disable", "fastlora.overview", "fastlora.peft_layer"),
     ("fastlora.adapters", "fastlora.peft"),
     ("fastlora",),
     ("fastlora.demo", "fastlora.tune"),

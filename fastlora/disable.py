@@ -1,0 +1,269 @@
+"""``disable_adapter``: the frozen model inside a block, without writing a parameter's values.
+
+What a module trains is taken out of it for the time of the block and the frozen tensor put in its place; of
+FSDP2, which would put its own parameters back, the values in the shards are exchanged instead.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.function import any_dtensor
+from fastlora.linear import PUT_ASIDE, FusedLoRALinear, _keep_fast_path_off
+from fastlora.surgery import (
+    ORIGINAL,
+    adapted_encoders,
+    fully_sharded,
+    require_layers,
+    saved_tensors,
+    sharded_like,
+)
+from fastlora.targets import listing, saved_modules
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block the model is the frozen one: no updates, and saved modules with their original values.
+
+    For the reference model of DPO and the like. Blocks nest and overlap, also those of several threads: the
+    model is the frozen one until the last of them ends. The parameters' values are not written (but in
+    FSDP2's shards, to which no graph refers), so that autograd graphs from outside stay valid, but what a
+    checkpoint recomputes inside the block it recomputes of the frozen model; call ``backward`` outside. Casts
+    and moves made inside last. A copy of the model made inside stays the frozen one, and ``state_dict`` warns
+    that it holds original values. Of a merged layer, the unmerged weight is held inside the block (the
+    original up to rounding). Of a model that FSDP2 shards, give the whole, not a part; its saved modules and
+    merged layers refuse a forward pass that records gradients.
+
+    Args:
+        model: with at least one adapted layer (a PEFT model has a ``disable_adapter`` of its own).
+
+    Returns:
+        A context manager that gives ``model``.
+
+    Raises:
+        ValueError: on entry, if the model has no adapted layer; a saved module whose original values are
+            unknown (it was on the meta device when it was marked) or cannot be put in (it is offloaded, which
+            would put the trained values back).
+        TypeError: on entry, if ``model`` is no module.
+    """
+    layers = require_layers(model, "disable_adapter")
+    for path, layer in layers.items():
+        if layer.merged:
+            layer._check_values(f"disable_adapter: {path}")
+    roots = saved_modules(model)
+    _check_replaceable(roots)
+    unknown = [path for path, root in roots.items() if not _has_original(root)]
+    if unknown:
+        raise ValueError(
+            f"disable_adapter: the original values of {listing(unknown)} are unknown: it was on the meta "
+            "device when it was marked to be saved"
+        )
+    with ExitStack() as blocks:
+        for path, layer in layers.items():
+            holders = _holders(model, path, layer) if layer.merged else ()
+            blocks.enter_context(_changed(layer, partial(_disable_layer, holders)))
+        for path, root in roots.items():
+            blocks.enter_context(_changed(root, partial(_use_original, _holders(model, path, root))))
+        for encoder in adapted_encoders(model):
+            if hasattr(encoder, "_used_nested_tensor"):
+                blocks.enter_context(_changed(encoder, _use_nested_tensors))
+        yield model
+
+
+def _check_replaceable(roots: Mapping[str, nn.Module]) -> None:
+    """ValueError if something holds the parameters of saved modules and gives them back in a forward pass."""
+    within = {module: path for path, root in roots.items() for module in root.modules()}
+    offloaded = [path for module, path in within.items() if any(t.is_meta for _, t in saved_tensors(module))]
+    offloaded = [path for path in dict.fromkeys(offloaded) if _has_original(roots[path])]
+    if offloaded:
+        raise ValueError(
+            f"disable_adapter: {listing(offloaded)} on the meta device, offloaded (by accelerate, say): its "
+            "trained values would come back in the forward pass"
+        )
+
+
+# What the blocks of disable_adapter have changed: how to undo it, and in how many blocks a module is.
+_changes: WeakKeyDictionary[nn.Module, tuple[ExitStack, int]] = WeakKeyDictionary()
+_changes_lock = threading.Lock()
+
+
+@contextmanager
+def _changed(module: nn.Module, change: Callable[[Any, ExitStack], None]) -> Iterator[None]:
+    """``change(module, undo)`` by the first block that the module is in, undone by the last."""
+    with _changes_lock:
+        undo, blocks = _changes.get(module, (ExitStack(), 0))
+        if not blocks:
+            try:
+                change(module, undo)
+            except BaseException:
+                undo.close()
+                raise
+        _changes[module] = undo, blocks + 1
+    try:
+        yield
+    finally:
+        with _changes_lock:
+            undo, blocks = _changes.pop(module)
+            if blocks > 1:
+                _changes[module] = undo, blocks - 1
+            else:
+                undo.close()
+
+
+def _set(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> None:
+    undo.callback(setattr, module, attribute, getattr(module, attribute))
+    setattr(module, attribute, value)
+
+
+class _PutAside(nn.Module):
+    """A child that holds what disable_adapter has taken out of a module, so that casts and moves reach it.
+
+    A copy of the model gets an empty one. The identity, for parents that call their children in turn.
+    """
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+    def __deepcopy__(self, memo: dict) -> _PutAside:
+        return _PutAside()
+
+    def __reduce__(self) -> tuple:
+        return _PutAside, ()
+
+
+def _exchange(module: nn.Module, name: str, tensor: Tensor, undo: ExitStack) -> None:
+    """Put another tensor in the place of a module's own."""
+    own = getattr(module, name)
+    kept = own.detach() if isinstance(own, nn.Parameter) else own
+    aside: Any = module._modules.get(PUT_ASIDE)
+    if aside is None:
+        aside = _PutAside()
+        module.add_module(PUT_ASIDE, aside)
+    aside.register_buffer(name, kept, persistent=False)
+    undo.callback(_put_back, module, name, own, kept)
+    setattr(module, name, tensor)
+
+
+def _put_back(module: nn.Module, name: str, own: Any, kept: Tensor) -> None:
+    aside: Any = module._modules[PUT_ASIDE]
+    now: Any = aside._buffers.pop(name)
+    if not aside._buffers:
+        del module._modules[PUT_ASIDE]
+    if not isinstance(own, nn.Parameter):
+        own = now
+    elif now is not kept and torch._has_compatible_shallow_copy_type(own, now):
+        # As nn.Module.to does it, for the sake of optimizers.
+        own.data = now
+        own.grad = None if own.grad is None else own.grad.to(now)
+    elif now is not kept:
+        own = nn.Parameter(now, own.requires_grad)
+    setattr(module, name, own)
+
+
+def _disable_layer(holders: Sequence[Any], layer: FusedLoRALinear, undo: ExitStack) -> None:
+    if layer._merged_alpha is not None:
+        # Another tensor, not unmerge() and merge(): each pair of those would round the weight anew.
+        with _sharded(holders, layer, undo):
+            weight = layer._updated_weight(-layer._merged_alpha)
+            if holders and any_dtensor(layer.weight):
+                _exchange_values(layer.weight, weight, undo)
+            else:
+                _exchange(layer, "weight", nn.Parameter(weight, requires_grad=False), undo)
+        _set(layer, "_merged_alpha", None, undo)
+    _set(layer, "adapter_enabled", False, undo)
+    # The frozen model's TransformerEncoderLayer takes its fast path, whose results differ in the last bits.
+    hooks = layer._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _keep_fast_path_off]:
+        undo.callback(hooks.__setitem__, key, hooks.pop(key))
+
+
+def _use_nested_tensors(encoder: nn.TransformerEncoder, undo: ExitStack) -> None:
+    _set(encoder, "use_nested_tensor", encoder._used_nested_tensor, undo)
+
+
+def _has_original(root: nn.Module) -> bool:
+    return all(ORIGINAL + name in m._buffers for m in root.modules() for name, _ in saved_tensors(m))
+
+
+def _use_original(holders: Sequence[Any], root: nn.Module, undo: ExitStack) -> None:
+    """``holders``: the modules around and inside whose parameters FSDP2 holds."""
+    _set(root, "_saved_with_adapter", "original", undo)
+    undo.callback(root.register_state_dict_pre_hook(_warn_of_original).remove)
+    with _sharded(holders, root, undo):
+        for module in list(root.modules()):
+            for name, tensor in list(saved_tensors(module)):
+                original: Any = module._buffers[ORIGINAL + name]
+                if name not in module._parameters:
+                    # A copy: a buffer such as BatchNorm's running mean is written by a forward pass.
+                    _exchange(module, name, original.clone(), undo)
+                elif holders and any_dtensor(tensor):
+                    _exchange_values(tensor, sharded_like(tensor, original), undo)
+                else:
+                    _exchange(module, name, nn.Parameter(original, requires_grad=False), undo)
+
+
+def _holders(model: nn.Module, path: str, module: nn.Module) -> list[Any]:
+    """The modules around and inside the one called ``path`` whose parameters FSDP2 holds."""
+    above = (m for name, m in model.named_modules() if not name or path.startswith(f"{name}."))
+    return fully_sharded((*above, *module.modules()))
+
+
+@contextmanager
+def _sharded(holders: Sequence[Any], module: nn.Module, undo: ExitStack) -> Iterator[None]:
+    """While other values are put into ``module``, and again while they are taken out, it holds its shards."""
+    if holders:
+        undo.callback(_reshard, holders)
+        # Its backward pass would gather the module's own values, which may be back by then.
+        undo.callback(module.register_forward_pre_hook(_refuse_gradients).remove)
+        _reshard(holders)
+    yield
+    if holders:
+        undo.callback(_reshard, holders)
+
+
+def _reshard(holders: Iterable[Any]) -> None:
+    for holder in holders:
+        holder.reshard()
+
+
+def _refuse_gradients(module: nn.Module, inputs: tuple) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"disable_adapter: {type(module).__name__} is sharded by fully_shard, whose backward pass would "
+            "gather the trained values again: use torch.no_grad() inside"
+        )
+
+
+@torch.no_grad()
+def _exchange_values(parameter: Any, values: Tensor, undo: ExitStack) -> None:
+    """Other values in a parameter that FSDP2 holds, and would put back in another's place.
+
+    Graphs from outside refer to what was gathered, and gather again for their backward pass.
+    """
+    kept = parameter.detach().clone()
+    undo.callback(_write, parameter, kept)
+    _write(parameter, values)
+
+
+@torch.no_grad()
+def _write(parameter: Tensor, values: Tensor) -> None:
+    if parameter.device.type == "cpu" and torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # An offloaded shard may still be on its way to the GPU.
+    parameter.copy_(values)
+
+
+def _warn_of_original(root: nn.Module, prefix: str, keep_vars: bool) -> None:
+    warnings.warn(
+        f"state_dict inside disable_adapter: {prefix.removesuffix('.') or type(root).__name__} holds its "
+        "original values there, not the trained ones",
+        stacklevel=4,
+    )
