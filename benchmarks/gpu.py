@@ -94,7 +94,7 @@ SECTIONS = {
     "tiles": "other tile shapes of the kernels beside the shipped ones",
     "hopper": "the warp-specialised loop: its tests, then y and dx against BLAS and the classic loop",
 }
-PRODUCTS = ("y", "dx", "h", "g", "dA", "dB", "g+dA")
+PRODUCTS = ("y", "dx", "h", "g", "dA", "dB", "g+dA", "dx+dropout")
 # Odd sizes and ranks for the check alone, beside an LLM layer.
 CHECK_SHAPES = [Shape(333, 515, 1029, 24), Shape(70, 1000, 77, 3), Shape(512, 4096, 4096, 16)]
 CHECK_GROUPS = [GroupShape(333, (515, 260, 64), 1029, 24)]
@@ -331,7 +331,7 @@ def check_providers(providers: Providers, target: Target) -> list[Row]:
 
 def wrong_rows(rows: list[Row]) -> list[Row]:
     """The rows of fastlora and its kernels that failed; a rival's is reported and not timed, no more."""
-    fine, ours = (OK, "unavailable"), ("fastlora", "triton", "hopper")
+    fine, ours = (OK, "unavailable"), ("fastlora", "triton", "hopper", "blas-triton")
     return [row for row in rows if row.provider.startswith(ours) and not row.status.startswith(fine)]
 
 

@@ -2,7 +2,9 @@
 
 y and dx appear with the rank-R update and without it (rank 0): the second shows what the main loop alone is
 worth, and is the gate of everything else. The BLAS call of y and dx is the frozen product in both. For at
-most 16 tokens y has the kernel that makes h too. "g+dA" is both in one launch, against two of each kind.
+most 16 tokens y has the kernel that makes h too. "g+dA" is both in one launch, against two of each kind, and
+"dx+dropout" the dx of training with dropout: in one launch, and as the BLAS call and the kernel that adds the
+dropped update, against the BLAS call without any.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ UPDATE_OFF = "triton-update-off"
 HOPPER = "hopper"
 HOPPER_OFF = "hopper-update-off"
 ONE_LAUNCH = "triton-one-launch"
+BLAS_AND_UPDATE = "blas-triton-update"
+DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,19 @@ Tiles = Callable[[str, object], Mapping[str, object]]
 def products(
     problem: Problem, with_hopper: bool = False, tiles: Tiles | None = None
 ) -> dict[str, Callable[[], Product]]:
-    """h, y, g, dx, dA, dB, g+dA and forward by name; each is made when called, so that few live at a time.
+    """Each product of a layer by name; made when called, so that few live at a time.
 
     ``with_hopper``: the warp-specialised loop beside the classic one, on sm_90. ``tiles``: the configurations
     of each kernel, in place of all that is measured otherwise.
     """
+    from fastlora import reference
     from fastlora.kernels.backward import g_and_dA
+    from fastlora.kernels.configs import select_update
     from fastlora.kernels.gemm import gemm
     from fastlora.kernels.project import project
     from fastlora.kernels.small import small
     from fastlora.kernels.token_sum import token_sum
+    from fastlora.kernels.update import add_update
     from fastlora.planner import Problem as Planned
     from fastlora.planner import backward_config, describe, kernel_step, make_plan, small_config
 
@@ -135,6 +142,24 @@ def products(
             dict.fromkeys((FLOOR, *kernels), exact),
         )
 
+    def dropped() -> Product:
+        """Never swept: tune weighs its two forms."""
+        one = kernel_step(replace(planned, dropout=True), "dx").config
+        update = select_update(s.R)
+        seed = torch.zeros(1, dtype=torch.int64, device=p.dy.device)
+        threshold, scale = reference.keep_threshold(DROPOUT), p.alpha * reference.keep_scale(DROPOUT)
+        kernels = {
+            TRITON: lambda: gemm(p.dy, p.weight, g, p.B, scale, one, None, seed, threshold),
+            BLAS_AND_UPDATE: lambda: add_update(
+                torch.mm(p.dy, p.weight), g, p.B, scale, update, seed, threshold
+            ),
+        }
+        base = p.dy.double() @ p.weight.double()
+        keep = reference.keep_mask(seed, s.M, s.K, DROPOUT).double()
+        whole = base + scale * keep * (g.double() @ p.B.double())
+        exact = {FLOOR: base, **dict.fromkeys(kernels, whole)}
+        return Product(lambda: torch.mm(p.dy, p.weight), kernels, exact)
+
     return {
         "y": y,
         "dx": lambda: updated("dx", p.dy, p.weight, g, p.B),
@@ -143,6 +168,7 @@ def products(
         "dA": lambda: summed("dA", p.dy, h),
         "dB": lambda: summed("dB", x, g),
         "g+dA": together,
+        "dx+dropout": dropped,
         "forward": forward,
     }
 

@@ -34,7 +34,7 @@ import tables  # noqa: E402
 import tiles  # noqa: E402
 import timing  # noqa: E402
 from measure import Checks, Plan, measure  # noqa: E402
-from primitives import ONE_LAUNCH, UPDATE_OFF, failures, products  # noqa: E402
+from primitives import BLAS_AND_UPDATE, ONE_LAUNCH, UPDATE_OFF, failures, products  # noqa: E402
 from problem import Layer, Problem, Unavailable, make_problem, step  # noqa: E402
 from providers import PROVIDERS, Provider  # noqa: E402
 from shapes import GroupShape, ModelShape, Shape  # noqa: E402
@@ -433,12 +433,18 @@ def test_products_are_checked():
     """The kernels of the products, in the interpreter or on a GPU; and a wrong value is seen."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = products(make_problem(Shape(19, 24, 17, 3), torch.float32, device, bias=False))
-    assert list(made) == ["y", "dx", "h", "g", "dA", "dB", "g+dA", "forward"]
+    assert list(made) == ["y", "dx", "h", "g", "dA", "dB", "g+dA", "dx+dropout", "forward"]
     product = made["y"]()
     assert failures(product, CPU) == {}
     kernels = {name: (lambda run=run: run() * 1.01) for name, run in product.kernels.items()}
     wrong = failures(replace(product, kernels=kernels), CPU)
     assert wrong.keys() == {"triton", UPDATE_OFF}
+
+    dropped = made["dx+dropout"]()
+    assert dropped.kernels.keys() == {"triton", BLAS_AND_UPDATE}
+    assert failures(dropped, CPU) == {}
+    undropped = dict.fromkeys(dropped.kernels, made["dx"]().kernels["triton"])
+    assert failures(replace(dropped, kernels=undropped), CPU).keys() == dropped.kernels.keys()
 
     pair = made["g+dA"]()
     assert failures(pair, CPU) == {}
