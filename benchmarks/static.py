@@ -105,7 +105,7 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
             found += [Case("small", arch, 16, R, features=N) for N in SMALL_FEATURES]
         for R in (16, *RANKS[1:]):
             found += [Case("project", arch, M, R, dropout=True) for M in (16, 4096, 8192)]
-        for R in (16, 64, 192):
+        for R in (16, 32, 64, 192):
             found += [Case("gemm", arch, M, R, dropout=True, backward=True) for M in ROWS]
             found.append(Case("token_sum", arch, 8192, R, dropout=True, backward=True))
         for kernel in ("project", "gemm", "token_sum"):
