@@ -238,6 +238,8 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
     if nearest_capability(capability) == 100 and block_m == 64:
         num_warps = 8  # four spill there
     steps = [(num_warps, *step) for step in ((64, 3), (32, 4), (32, 3), (32, 2), (16, 2))]
+    if (nearest_capability(capability), block_m, block_r) == (100, 64, 32) and dropout:
+        steps = steps[1:]  # the longer steps spill
     if nearest_capability(capability) not in (90, 100) and block_m == 128:
         steps = steps[1:]  # the longer steps spill beside several rank blocks
         if R <= 128 and not dropout:  # else four warps spill
