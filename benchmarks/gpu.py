@@ -295,15 +295,11 @@ def run_tests(arguments: list[str], log: Path, seconds: float, processes: int = 
         if hung:
             return f"the tests did not end within {seconds:.0f} s"
         # A part may be empty, all of them not.
-        failed = [status for status in statuses if status not in (0, NO_TESTS)]
-        if failed or (NO_TESTS in statuses and len(set(statuses)) == 1):
-            return f"pytest ended with status {(failed or statuses)[0]}"
-        suites = [
-            suite
-            for part, status in enumerate(statuses)
-            if status == 0
-            for suite in ElementTree.parse(folder / f"{part}.xml").getroot().iter("testsuite")
-        ]
+        ended = [status for status in statuses if status != NO_TESTS] or [NO_TESTS]
+        if failed := next(filter(None, ended), 0):
+            return f"pytest ended with status {failed}"
+        reports = [ElementTree.parse(report).getroot() for report in folder.glob("*.xml")]
+        suites = [suite for report in reports for suite in report.iter("testsuite")]
         counts = {
             key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")
         }

@@ -21,6 +21,8 @@ from shapes import Shape
 from timing import alternate, captured, in_turn, input_sets
 from torch import Tensor
 
+from fastlora.tune import DROPOUT, least_read
+
 FLOOR = "blas"
 TRITON = "triton"
 UPDATE_OFF = "triton-update-off"
@@ -28,7 +30,6 @@ HOPPER = "hopper"
 HOPPER_OFF = "hopper-update-off"
 ONE_LAUNCH = "triton-one-launch"
 BLAS_AND_UPDATE = "blas-triton-update"
-DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -220,9 +221,7 @@ def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Me
 
     Where the kernels cannot run, the rows say why. ``tiles``: as in :func:`products`.
     """
-    # The skinny products read x or dy alone. Those of a few tokens are in the L2 cache anyway, W is not.
-    least = shape.M * min(shape.N, shape.K) if shape.M > 64 else shape.N * shape.K
-    bytes_per_set = plan.dtype.itemsize * least
+    bytes_per_set = plan.dtype.itemsize * least_read(shape.M, shape.N, shape.K)
     problems = [
         make_problem(shape, plan.dtype, plan.device, bias=False, seed=seed)
         for seed in range(input_sets(bytes_per_set, plan.device))

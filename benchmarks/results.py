@@ -272,9 +272,8 @@ def step_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
         lines.append(f"{M // N} x {N} tokens, hidden {K}, rank {R}, {dtype}, {timer} timer")
         heads = ("step ms", "tokens/s", "over PEFT", "over alike", "peak MiB", "kept MiB")
         lines.append(" " * 28 + "".join(f"{head:>11}" for head in heads))
-        pefts = [
-            next((r.median_ms for r in block if r.provider == name), None) for name in (PEFT, PEFT_ALIKE)
-        ]
+        medians = {row.provider: row.median_ms for row in block}
+        pefts = [medians.get(PEFT), medians.get(PEFT_ALIKE)]
         for row in block:
             cells = (
                 f"{row.median_ms:.3f}",

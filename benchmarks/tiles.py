@@ -170,7 +170,7 @@ def wrong_candidates(product: str, shape: Shape, plan: Plan) -> dict[str, str]:
     wrong: dict[str, str] = {}
     left = _checked(product, shape, plan, range(workers), wrong)
     for part in left:
-        for _ in _checked(product, shape, plan, [part], wrong):
+        if _checked(product, shape, plan, [part], wrong):
             names = _share(product, shape, plan, part, workers)
             wrong |= dict.fromkeys(names, "error: in one share with others: its process died")
     return wrong

@@ -34,6 +34,7 @@ from fastlora.surgery import (
     check_own,
     check_state,
     check_unmerged,
+    check_values,
     prepare,
     require_layers,
     saved_tensors,
@@ -165,7 +166,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         raise ValueError("save_adapter: inside disable_adapter the saved modules hold original values")
     config = _config_of(model, layers)
     own = _file_tensors(model)
-    _check_values(own, "save_adapter")
+    check_values(own, "save_adapter")
     tensors = {name: _whole(tensor) for name, tensor in own.items()}
     replace_files(
         Path(os.path.realpath(directory)),
@@ -220,7 +221,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     check_adaptable(model, new, "load_adapter")
     _check_tensors(config, targets, {**own_saved, **base}, state)
     own = {path: module.weight for path, module in targets.items()}
-    _check_values({**own, **own_saved}, "load_adapter")
+    check_values({**own, **own_saved}, "load_adapter")
     # What may fail to be allocated, before anything changes.
     resized = {
         path: _empty_adapter(layer, config.rank_of(_file_path(path)))
@@ -342,13 +343,6 @@ def _base_tensors(
             for own, tensor in module.named_parameters(recurse=False):
                 tensors[f"{_PREFIX}{name}.{inner}{own}"] = tensor
     return {name: tensor for name, tensor in tensors.items() if name in state}
-
-
-def _check_values(tensors: Mapping[str, Tensor], function: str) -> None:
-    """ValueError naming the tensors that have no values to save, or no memory to load into."""
-    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if meta:
-        raise ValueError(f"{function}: {listing(meta)} on the meta device; give the model its values first")
 
 
 def _whole(tensor: Any) -> Tensor:

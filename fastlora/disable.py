@@ -27,7 +27,7 @@ from fastlora.surgery import (
     saved_tensors,
     sharded_like,
 )
-from fastlora.targets import listing, saved_modules
+from fastlora.targets import is_inside, listing, saved_modules
 
 
 @contextmanager
@@ -67,12 +67,14 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             f"disable_adapter: the original values of {listing(unknown)} are unknown: it was on the meta "
             "device when it was marked to be saved"
         )
+    sharded = fully_sharded(model)
     with ExitStack() as blocks:
         for path, layer in layers.items():
-            holders = _holders(model, path, layer) if layer.merged else ()
+            holders = _holders(sharded, path, layer)
             blocks.enter_context(_changed(layer, partial(_disable_layer, holders)))
         for path, root in roots.items():
-            blocks.enter_context(_changed(root, partial(_use_original, _holders(model, path, root))))
+            holders = _holders(sharded, path, root)
+            blocks.enter_context(_changed(root, partial(_use_original, holders)))
         for encoder in adapted_encoders(model):
             if hasattr(encoder, "_used_nested_tensor"):
                 blocks.enter_context(_changed(encoder, _use_nested_tensors))
@@ -81,9 +83,11 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 def _check_replaceable(roots: Mapping[str, nn.Module]) -> None:
     """ValueError if something holds the parameters of saved modules and gives them back in a forward pass."""
-    within = {module: path for path, root in roots.items() for module in root.modules()}
-    offloaded = [path for module, path in within.items() if any(t.is_meta for _, t in saved_tensors(module))]
-    offloaded = [path for path in dict.fromkeys(offloaded) if _has_original(roots[path])]
+    offloaded = [
+        path
+        for path, root in roots.items()
+        if _has_original(root) and any(t.is_meta for m in root.modules() for _, t in saved_tensors(m))
+    ]
     if offloaded:
         raise ValueError(
             f"disable_adapter: {listing(offloaded)} on the meta device, offloaded (by accelerate, say): its "
@@ -153,6 +157,17 @@ def _exchange(module: nn.Module, name: str, tensor: Tensor, undo: ExitStack) -> 
     setattr(module, name, tensor)
 
 
+def _exchange_parameter(
+    holders: Sequence[Any], module: nn.Module, name: str, values: Tensor, undo: ExitStack
+) -> None:
+    """The same of a parameter, by a frozen one of these values; ``holders``: see :func:`_holders`."""
+    own = getattr(module, name)
+    if holders and any_dtensor(own):
+        _exchange_values(own, sharded_like(own, values), undo)
+    else:
+        _exchange(module, name, nn.Parameter(values, requires_grad=False), undo)
+
+
 def _put_back(module: nn.Module, name: str, own: Any, kept: Tensor) -> None:
     aside: Any = module._modules[PUT_ASIDE]
     now: Any = aside._buffers.pop(name)
@@ -174,10 +189,7 @@ def _disable_layer(holders: Sequence[Any], layer: FusedLoRALinear, undo: ExitSta
         # Another tensor, not unmerge() and merge(): each pair of those would round the weight anew.
         with _sharded(holders, layer, undo):
             weight = layer._updated_weight(-layer._merged_alpha)
-            if holders and any_dtensor(layer.weight):
-                _exchange_values(layer.weight, weight, undo)
-            else:
-                _exchange(layer, "weight", nn.Parameter(weight, requires_grad=False), undo)
+            _exchange_parameter(holders, layer, "weight", weight, undo)
         _set(layer, "_merged_alpha", None, undo)
     _set(layer, "adapter_enabled", False, undo)
     # The frozen model's TransformerEncoderLayer takes its fast path, whose results differ in the last bits.
@@ -195,26 +207,23 @@ def _has_original(root: nn.Module) -> bool:
 
 
 def _use_original(holders: Sequence[Any], root: nn.Module, undo: ExitStack) -> None:
-    """``holders``: the modules around and inside whose parameters FSDP2 holds."""
     _set(root, "_saved_with_adapter", "original", undo)
     undo.callback(root.register_state_dict_pre_hook(_warn_of_original).remove)
     with _sharded(holders, root, undo):
         for module in list(root.modules()):
-            for name, tensor in list(saved_tensors(module)):
+            for name, _ in list(saved_tensors(module)):
                 original: Any = module._buffers[ORIGINAL + name]
-                if name not in module._parameters:
+                if name in module._parameters:
+                    _exchange_parameter(holders, module, name, original, undo)
+                else:
                     # A copy: a buffer such as BatchNorm's running mean is written by a forward pass.
                     _exchange(module, name, original.clone(), undo)
-                elif holders and any_dtensor(tensor):
-                    _exchange_values(tensor, sharded_like(tensor, original), undo)
-                else:
-                    _exchange(module, name, nn.Parameter(original, requires_grad=False), undo)
 
 
-def _holders(model: nn.Module, path: str, module: nn.Module) -> list[Any]:
-    """The modules around and inside the one called ``path`` whose parameters FSDP2 holds."""
-    above = (m for name, m in model.named_modules() if not name or path.startswith(f"{name}."))
-    return fully_sharded((*above, *module.modules()))
+def _holders(sharded: Mapping[str, Any], path: str, module: nn.Module) -> list[Any]:
+    """Those of the modules that FSDP2 shards which are around or inside the one called ``path``."""
+    inside = set(module.modules()) if sharded else set()
+    return [m for name, m in sharded.items() if not name or is_inside(path, (name,)) or m in inside]
 
 
 @contextmanager

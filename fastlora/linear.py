@@ -97,8 +97,8 @@ def why_unusable(linear: nn.Linear) -> str | None:
     for name in ("weight", "bias"):
         if not isinstance(getattr(linear, name), (nn.Parameter, NoneType)):
             return f"its {name} is computed from {', '.join(sorted(extra)) or 'another tensor'}"
-    taken = [name for name in extra if name in _OWN_ATTRIBUTES or hasattr(FusedLoRALinear, name)]
-    taken += [name for name in extra if name in _OWN_PARTS]
+    own = (*_OWN_ATTRIBUTES, *_OWN_PARTS)
+    taken = [name for name in extra if name in own or hasattr(FusedLoRALinear, name)]
     if taken:
         return f"it holds {', '.join(sorted(taken))}, which the adapted layer has a use of its own for"
     if linear.weight.dtype not in _DTYPES:

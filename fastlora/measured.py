@@ -44,6 +44,12 @@ HOPPER = "+hopper"
 _SHIPPED = Path(__file__).with_name("measured.csv")
 
 
+def is_aligned(product: str, N: int, K: int) -> bool:
+    """Whether the kernels can read the operands of a product 16 bytes at a time."""
+    sizes = {"N": N, "K": K}
+    return not any(sizes[size] % ALIGNED for size in SIZES[product])
+
+
 @dataclass(frozen=True)
 class Row:
     """One path of one product at one shape; ``microseconds`` is None where ``status`` is not "ok".
@@ -134,26 +140,26 @@ class Table:
         """The paths that failed a check in this family."""
         return frozenset(self._failed.get(key, ()))
 
-    def find(
-        self, key: tuple, M: int, N: int, K: int, R: int, refused: frozenset[str], exact: bool
-    ) -> Finding | None:
+    def find(self, key: tuple, M: int, N: int, K: int, R: int, refused: frozenset[str]) -> Finding | None:
         """The rows of the nearest shape in this family, None where none is near or no path may be chosen.
 
-        ``refused``: paths that may not, though they passed at this shape. ``exact``: of this N and K alone;
-        rows of sizes that the kernels read slowly are always for these alone.
+        ``refused``: paths that may not, though they passed at this shape. Sizes that the kernels read slowly
+        and others say nothing of each other.
         """
         asked = {"N": N, "K": K}
 
         def ratios(shape: tuple[int, int, int, int]) -> list[float]:
             known = {"N": shape[1], "K": shape[2]}
-            ratios = [abs(math.log2(asked[size] / known[size])) for size in SIZES[key[4]]]
-            odd = exact or any(known[size] % ALIGNED for size in SIZES[key[4]])
-            return [math.inf if odd and ratio else ratio for ratio in ratios]
+            return [abs(math.log2(asked[size] / known[size])) for size in SIZES[key[4]]]
+
+        def near(shape: tuple[int, int, int, int]) -> float:
+            both = is_aligned(key[4], N, K) and is_aligned(key[4], *shape[1:3])
+            return _NEAR if both else 0.0
 
         shapes = [
             shape
             for shape in self._rows.get(key, ())
-            if bucket(shape[0]) == bucket(M) and max(ratios(shape)) <= _NEAR
+            if bucket(shape[0]) == bucket(M) and max(ratios(shape)) <= near(shape)
         ]
         if not shapes:
             return None
@@ -282,27 +288,15 @@ def _tables(gpu: str, capability: int) -> tuple[Table, ...]:
 
 
 def find(
-    gpu: str,
-    capability: int,
-    dtype: str,
-    product: str,
-    M: int,
-    N: int,
-    K: int,
-    R: int,
-    dropout: bool = False,
-    exact: bool = False,
+    gpu: str, capability: int, dtype: str, product: str, M: int, N: int, K: int, R: int, dropout: bool = False
 ) -> Finding | None:
-    """What the rows say of a product at this shape; the user's rows come first. Never raises.
-
-    ``exact``: rows of other N and K say nothing of it.
-    """
+    """What the rows say of a product at this shape; the user's rows come first. Never raises."""
     tables = _tables(gpu, capability)
     if not tables or not (M and N and K and R):
         return None
     key = family(gpu, capability, triton_version(), dtype, product, R, dropout)
     refused = failed(gpu, capability, dtype, product, R, dropout)
-    findings = (table.find(key, M, N, K, R, refused, exact) for table in tables)
+    findings = (table.find(key, M, N, K, R, refused) for table in tables)
     return next((finding for finding in findings if finding), None)
 
 

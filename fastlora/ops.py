@@ -706,9 +706,7 @@ def _group_backward(
             part = g if rank == g.shape[1] else g[:, :rank]
             x_2d = x.reshape(M, K)
             x_2d = _for_kernels(x_2d, mode) if plan.launches else x_2d
-            dB = _token_sum(
-                plan.dB, _for_kernels(x.reshape(M, K), mode), part, 1.0, dtype, transposed=True, drop=drop
-            )
+            dB = _token_sum(plan.dB, x_2d, part, 1.0, dtype, transposed=True, drop=drop)
     return [dx, dB, *dAs, *dbiases]
 
 

@@ -420,7 +420,7 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
     config = configs.select_gemm(capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
     chosen = mode == "auto" and p.device.kind == "cuda" and p.dtype in _HALF and not why_not_triton(p)
     if chosen and any(size % configs.ALIGNED for size in (p.K, *Ns)):
-        return blas_step(p, "dx", f"K={p.K}, N={', '.join(map(str, Ns))}: {_SLOW}")
+        return _blas_step(p, "dx", f"K={p.K}, N={', '.join(map(str, Ns))}: {_SLOW}")
     if dx.path == "triton":
         return dataclasses.replace(dx, config=config)
     if not chosen:
@@ -433,7 +433,7 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
     # Each further branch of the chain reads dx again and is another launch.
     addmm += (len(Ns) - 1) * (2 * p.M * p.K / loop.bytes + _LAUNCH)
     reason = f"{_estimated(p)}: triton {triton * 1e6:.1f} us, addmm {addmm * 1e6:.1f} us"
-    return Step(dx.primitive, "triton", config, reason) if triton <= addmm else blas_step(p, "dx", reason)
+    return Step(dx.primitive, "triton", config, reason) if triton <= addmm else _blas_step(p, "dx", reason)
 
 
 def _uniform_plan(problem: Problem, path: str, reason: str) -> Plan:
@@ -492,7 +492,12 @@ def _g_with_dA(steps: dict[str, Step], config: configs.BackwardConfig, reason: s
     return {**steps, "g": g, "dA": dA}
 
 
-def blas_step(problem: Problem, name: str, reason: str) -> Step:
+def step_of(problem: Problem, name: str, path: str, reason: str) -> Step:
+    """The step of one product on a path that the planner, not the user, has chosen."""
+    return _blas_step(problem, name, reason) if path == "addmm" else _step(problem, name, path, reason)
+
+
+def _blas_step(problem: Problem, name: str, reason: str) -> Step:
     """The step of one product by the BLAS, without writing a mask if a kernel can help."""
     step = _step(problem, name, "addmm", reason)
     if not (problem.dropout and name == "dx") or kernel_step(problem, name).config is None:
@@ -544,9 +549,7 @@ def _chosen_plan(problem: Problem) -> Plan:
     steps = {
         name: _estimated_step(problem, name)
         if finding is None
-        else blas_step(problem, name, finding.reason)
-        if finding.path == "addmm"
-        else _step(problem, name, finding.path, finding.reason)
+        else step_of(problem, name, finding.path, finding.reason)
         for name, finding in found.items()
     }
     # What it saves depends on how much of dy the L2 cache keeps: only a row says that, no estimate.
@@ -580,18 +583,7 @@ def _key(problem: Problem, product: str) -> dict[str, Any]:
 
 
 def _find(problem: Problem, product: str) -> measured.Finding | None:
-    return measured.find(
-        **_key(problem, product),
-        M=problem.M,
-        N=problem.N,
-        K=problem.K,
-        exact=not _is_aligned(problem, product),
-    )
-
-
-def _is_aligned(problem: Problem, product: str) -> bool:
-    """Whether the kernels can read the operands of a product 16 bytes at a time."""
-    return not any(getattr(problem, size) % configs.ALIGNED for size in measured.SIZES[product])
+    return measured.find(**_key(problem, product), M=problem.M, N=problem.N, K=problem.K)
 
 
 _SLOW = "the kernels are slow where a size is no multiple of 16"
@@ -606,7 +598,7 @@ def _estimated_step(problem: Problem, name: str) -> Step:
     if {"triton", "addmm"} <= failed:
         return Step(kernel.primitive, "addmm", None, "the kernels failed their checks on this GPU")
     if "triton" in failed:
-        return blas_step(problem, name, "the kernel failed its check on this GPU at another shape")
+        return _blas_step(problem, name, "the kernel failed its check on this GPU at another shape")
     if problem.dropout and name in ("h", "dB"):
         reason = "dropout: only the kernels apply it without writing a mask"
         return Step(kernel.primitive, "triton", kernel.config, reason)
@@ -615,11 +607,11 @@ def _estimated_step(problem: Problem, name: str) -> Step:
     if isinstance(kernel.config, configs.HopperConfig):
         reason = "FASTLORA_HOPPER=1 asks for the warp-specialised loop, which has not been measured"
         return Step(kernel.primitive, "triton", kernel.config, reason)
-    if not _is_aligned(problem, name):
+    if not measured.is_aligned(name, problem.N, problem.K):
         sizes = ", ".join(f"{size}={getattr(problem, size)}" for size in measured.SIZES[name])
-        return blas_step(problem, name, f"{sizes}: {_SLOW}")
+        return _blas_step(problem, name, f"{sizes}: {_SLOW}")
     reason, faster = _compare(problem, name, kernel.config)
-    return dataclasses.replace(kernel, reason=reason) if faster else blas_step(problem, name, reason)
+    return dataclasses.replace(kernel, reason=reason) if faster else _blas_step(problem, name, reason)
 
 
 def _compare(problem: Problem, name: str, config) -> tuple[str, bool]:
@@ -639,7 +631,7 @@ def _why_one_launch(problem: Problem, config: configs.SmallConfig) -> str | None
     roofline = _loop(problem)
     if not roofline.loop_efficiency or "small" in measured.failed(**_key(problem, "forward")):
         return None
-    if not _is_aligned(problem, "forward"):
+    if not measured.is_aligned("forward", problem.N, problem.K):
         return None
     one = estimate_small(roofline, problem.device.sms, problem.M, problem.N, problem.K, problem.R, config)
     apart = sum(min(_times(problem, name, kernel_step(problem, name).config)) for name in ("h", "y"))
@@ -716,15 +708,16 @@ def estimate(
     here was measured beyond the two rates of ``roofline``. ``dropped``: whether the update of gemm is.
     """
     rank = max(R, 16)  # tensor-core tiles are at least 16 wide
+    sms = max(sms, 1)
     if primitive == "gemm":
         flops = 2 * M * E * D
         moved = 2 * (M * D + D * E + M * E)
-        mask = M * E * _MASK / (_INTEGER_RATE * max(sms, 1)) if dropped else 0.0
+        mask = M * E * _MASK / (_INTEGER_RATE * sms) if dropped else 0.0
         programs = -(-M // config.block_m) * -(-E // config.block_e)
-        waves = -(-programs // max(sms, 1))
+        waves = -(-programs // sms)
         rate = roofline.flops * roofline.loop_efficiency * (_MASKED_LOOP if dropped else 1.0)
         triton = max(
-            ((flops + 2 * M * E * rank) / rate + mask) * waves * max(sms, 1) / programs,
+            ((flops + 2 * M * E * rank) / rate + mask) * waves * sms / programs,
             moved / roofline.bytes / _share(programs, sms),
         )
         triton += waves * roofline.tile + _LAUNCH

@@ -177,7 +177,6 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
                 modules[path], spec.rank, spec.alpha, spec.dropout, spec.adapter_dtype
             )
         split = [change for root in roots for change in _split_saved(model, root)]
-        untied = {root for _, root in split if root is not None}
     except BaseException:
         for parameter, trainable in was_trainable.items():
             parameter.requires_grad_(trainable)
@@ -185,8 +184,10 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
             _remove_own_hook(modules[path])
         raise
     _swap(model, replacements)
-    for change, _ in split:
+    own = {root: list(root.parameters()) for root in roots}
+    for change in split:
         change()
+    untied = [r for r in roots if any(a is not b for a, b in zip(own[r], r.parameters(), strict=True))]
     for root in roots:
         root._saved_with_adapter = True
     _freeze(model, roots)
@@ -209,7 +210,7 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
 
 def _is_trained_by_peft(module: Any) -> bool:
     """Whether PEFT trains a part of this module: an adapter, a copy to save or a prompt."""
-    if not type(module).__module__.startswith(("peft.", "fastlora.")) or not hasattr(module, "_modules"):
+    if not type(module).__module__.startswith(("peft.", "fastlora.")):
         return False
     parts = ("prompt_encoder", *getattr(module, "adapter_layer_names", ()))
     held = (module._modules.get(part) for part in parts)
@@ -252,10 +253,8 @@ def adapted_encoders(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and adapted_layers(m)]
 
 
-def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[tuple[Callable[[], None], nn.Module | None]]:
+def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[Callable[[], None]]:
     """Changes that give a module to save its own trainable tensors, with the original values beside them.
-
-    Each with the module if the tensor was shared with another one, and is not any more.
 
     PEFT trains a copy of the whole module. Here the tensors stay, so that optimizers and names do, unless a
     parameter's memory is another module's too: training it would change that module.
@@ -270,8 +269,7 @@ def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[tuple[Callable[[
                 original = original.clone()
             elif tensor not in copies:
                 copies[tensor] = nn.Parameter(original.clone(), tensor.requires_grad)
-            own = copies.get(tensor)
-            yield partial(_keep_original, module, name, original, own), None if own is None else root
+            yield partial(_keep_original, module, name, original, copies.get(tensor))
 
 
 def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -368,7 +366,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     if isinstance(model, FusedLoRALinear):
         raise ValueError("merge_lora: the model itself is the adapted layer; use its to_linear()")
     check_enabled(model, "merge_lora")
-    if fully_sharded(model.modules()):
+    if fully_sharded(model):
         raise ValueError(
             "merge_lora: fully_shard holds the model's layers, which cannot be replaced; save_adapter, then "
             "load_adapter and merge_lora on a model that is whole"
@@ -406,10 +404,12 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return ungroup_projections(model)
 
 
-def fully_sharded(modules: Iterable[nn.Module]) -> list[Any]:
-    """The modules among these that FSDP2 shards; importing it takes a while, so it is only looked up."""
+def fully_sharded(model: nn.Module) -> dict[str, Any]:
+    """The modules that FSDP2 shards, by name; importing it takes a while, so it is only looked up."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [m for m in modules if isinstance(m, fsdp.FSDPModule)]
+    if fsdp is None:
+        return {}
+    return {path: m for path, m in model.named_modules() if isinstance(m, fsdp.FSDPModule)}
 
 
 def require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinear]:
@@ -429,6 +429,13 @@ def uses_original(root: nn.Module) -> bool:
 def _public(path: str) -> str:
     """The name that ``state_dict`` has for the module or tensor that ``named_modules`` calls ``path``."""
     return ".".join(part for part in path.split(".") if part not in HIDDEN_NAMES)
+
+
+def check_values(tensors: Mapping[str, Tensor], function: str) -> None:
+    """ValueError naming the tensors that have no values to save, or no memory to load into."""
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(f"{function}: {listing(meta)} on the meta device; give the model its values first")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -465,11 +472,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     if any(uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("adapter_state_dict: inside disable_adapter the saved modules hold original values")
     tensors = adapter_tensors(model)
-    unreal = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if unreal:
-        raise ValueError(
-            f"adapter_state_dict: {listing(unreal)} on the meta device; give the model its values first"
-        )
+    check_values(tensors, "adapter_state_dict")
     state: Any = OrderedDict((name, t.detach().clone()) for name, t in tensors.items())
     state._metadata = {_public(path): {_ALPHA: float(layer.alpha)} for path, layer in layers.items()}
     return state

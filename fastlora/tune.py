@@ -134,10 +134,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
     """
 
     def step(name: str, path: str) -> Step:
-        kernel = planner.kernel_step(problem, name)
-        if path == "addmm":
-            return planner.blas_step(problem, name, "")
-        return kernel if path == "triton" else Step(kernel.primitive, path, None, "")
+        return planner.step_of(problem, name, path, "")
 
     def drop() -> ops._Dropout | None:
         # Made anew for each call: it keeps the mask that the paths without kernels write.
@@ -419,17 +416,21 @@ def tune(
 
 
 def _input_sets(shape: Shape, device: torch.device) -> int:
-    """How many sets of inputs take turns: on a GPU three times its L2 cache, so that none stays in it.
-
-    Of a set the skinny products read x or dy alone. Few tokens are in that cache anyway, the weight is not.
-    """
+    """How many sets of inputs take turns: on a GPU three times its L2 cache, so that none stays in it."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     M, N, K = shape.M, shape.N, shape.K
-    least = 2 * (M * min(N, K) if M > 64 else N * K)
     whole = 2 * (M * (N + K) + N * K)
-    return max(2, min(_MAX_SETS, _MAX_BYTES // whole, math.ceil(3 * cache / least)))
+    return max(2, min(_MAX_SETS, _MAX_BYTES // whole, math.ceil(3 * cache / (2 * least_read(M, N, K)))))
+
+
+def least_read(M: int, N: int, K: int) -> int:
+    """Elements that a product of a layer reads of its inputs at the least, what is in the L2 cache left out.
+
+    The skinny products read x or dy alone. Few tokens are in that cache anyway, the weight is not.
+    """
+    return M * min(N, K) if M > 64 else N * K
 
 
 def time_on_gpu(

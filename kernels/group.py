@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import MAX_BRANCHES, GemmConfig
-from fastlora.kernels.tiles import add_product, grouped_tile, in_eights, update_tile
+from fastlora.kernels.tiles import add_product, grouped_tile, update_constants, update_tile
 
 
 @triton.jit(do_not_specialize=["keep_threshold"])
@@ -101,8 +101,7 @@ def group_dx(
         M, E, R,
         BRANCHES=len(ps),
         BLOCK_M=config.block_m, BLOCK_E=config.block_e, BLOCK_D=config.block_d,
-        BLOCK_R=config.block_r, RANK_BLOCKS=triton.cdiv(R, config.block_r), GROUP_M=config.group_m,
-        U_EIGHTS=in_eights(R, *u.stride()), V_EIGHTS=in_eights(R, v.stride(1), v.stride(0)),
+        **update_constants(u, v, config.block_r), GROUP_M=config.group_m,
         EVEN_D=all(q.shape[0] % config.block_d == 0 for q in qs), HAS_DROPOUT=seed is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

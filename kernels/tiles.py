@@ -30,6 +30,17 @@ def in_eights(R: int, row_stride: int, rank_stride: int) -> bool:
     return rank_stride == 1 and R % 8 == row_stride % 8 == 0 and R % 16 + row_stride % 16 > 0
 
 
+def update_constants(u, v, block_r: int) -> dict[str, int | bool]:
+    """What a launch says of u: (M, R) and v: (R, E) for :func:`update_tile`."""
+    R = u.shape[1]
+    return {
+        "BLOCK_R": block_r,
+        "RANK_BLOCKS": triton.cdiv(R, block_r),
+        "U_EIGHTS": in_eights(R, *u.stride()),
+        "V_EIGHTS": in_eights(R, v.stride(1), v.stride(0)),
+    }
+
+
 @triton.jit
 def of_eights(value, EIGHTS: tl.constexpr):
     """``value``, which the compiler learns to be a multiple of 8 if EIGHTS.

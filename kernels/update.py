@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import UpdateConfig
-from fastlora.kernels.tiles import in_eights, update_tile
+from fastlora.kernels.tiles import update_constants, update_tile
 
 
 @triton.jit(do_not_specialize=["keep_threshold"])
@@ -60,8 +60,7 @@ def add_update(
         seed, keep_threshold, scale,
         M, E, R,
         BLOCK_M=config.block_m, BLOCK_E=config.block_e,
-        BLOCK_R=config.block_r, RANK_BLOCKS=triton.cdiv(R, config.block_r),
-        U_EIGHTS=in_eights(R, *u.stride()), V_EIGHTS=in_eights(R, v.stride(1), v.stride(0)),
+        **update_constants(u, v, config.block_r),
         num_warps=config.num_warps,
     )  # fmt: skip
     return c
