@@ -28,6 +28,7 @@ from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import (
     DATA_PARALLEL,
     HIDDEN_NAMES,
+    ORIGINAL,
     LayerSpec,
     check_enabled,
     check_not_parallel,
@@ -186,7 +187,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     dropout: in place where the rank agrees, so that optimizers go on, else as new parameters. Otherwise
     adapters are made in the wider of the file's and the base weight's dtype. As in PEFT, embeddings and a
     head that the file holds beside the adapter (it targets the head, or the vocabulary was resized) are
-    written into the base model.
+    written into the base model, also the original values of those that are modules to save.
 
     Args:
         model: the base model, or one that this or another adapter was applied to.
@@ -212,6 +213,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     targets = _find_targets(model, config)
     saved = _find_saved(model, config, targets)
     own_saved = _tensors_of(saved)
+    originals = {name: place for name, place in _wrapped(saved, "original_module").items() if name in state}
+    again = _wrapped(saved, "modules_to_save").keys()
+    state = {name: tensor for name, tensor in state.items() if name not in again}
     # Before a tied head that is saved gets a weight of its own: its values are no longer the base's.
     base = {name: t for name, t in _base_tensors(model, targets, state).items() if name not in own_saved}
     _check_coverage(model, layers, targets, saved)
@@ -219,7 +223,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     if new.keys() | (saved.keys() - saved_modules(model).keys()):
         check_not_parallel(given, "load_adapter")
     check_adaptable(model, new, "load_adapter")
-    _check_tensors(config, targets, {**own_saved, **base}, state)
+    as_trained = {name: getattr(module, own) for name, (module, own) in originals.items()}
+    _check_tensors(config, targets, {**own_saved, **base, **as_trained}, state)
     own = {path: module.weight for path, module in targets.items()}
     check_values({**own, **own_saved}, "load_adapter")
     # What may fail to be allocated, before anything changes.
@@ -234,6 +239,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             layer.A, layer.B = resized[path]
         spec = config.layer_spec(path, layer, state)
         layer.alpha, layer.dropout = spec.alpha, spec.dropout
+    kept = {name: module._buffers.get(ORIGINAL + own) for name, (module, own) in originals.items()}
+    base.update((name, original) for name, original in kept.items() if original is not None)
     with torch.no_grad():
         for name, tensor in {**base, **_file_tensors(model)}.items():
             tensor.copy_(sharded_like(tensor, state[name]))
@@ -327,6 +334,21 @@ def _tensors_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
+def _wrapped(saved: Mapping[str, nn.Module], part: str) -> dict[str, tuple[nn.Module, str]]:
+    """Names of the ``part`` of PEFT's wrapper of modules to save -> the module and its name of the tensor.
+
+    Where the vocabulary was resized, PEFT writes all that it holds of the embeddings. Of one that is a module
+    to save this is the trained tensor under three names: its own, that inside the wrapper (its own counts),
+    and its ``original_module``.
+    """
+    return {
+        f"{_PREFIX}{_file_path(path)}.{part}.{_file_path(join_names(inner, name))}": (module, name)
+        for path, root in saved.items()
+        for inner, module in root.named_modules()
+        for name, _ in saved_tensors(module)
+    }
+
+
 def _base_tensors(
     model: nn.Module, targets: Mapping[str, nn.Module], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -393,9 +415,8 @@ def _exactly(name: str) -> str:
 
 def _lora_alpha(layer: FusedLoRALinear) -> float:
     """PEFT's lora_alpha, which it divides by the rank again; a whole number where that gives the same."""
-    alpha = float(layer.alpha)
-    exact = alpha * layer.rank
-    return round(exact) if round(exact) / layer.rank == alpha else exact
+    exact = layer.alpha * layer.rank
+    return round(exact) if round(exact) / layer.rank == layer.alpha else exact
 
 
 def _target_modules(own: Iterable[str], names: Iterable[str], saved: Iterable[str]) -> str | list[str]:

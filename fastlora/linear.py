@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from fastlora.function import autocast_on, check_dropout, lora_linear
 
-_OWN_ATTRIBUTES = ("alpha", "dropout", "adapter_enabled", "_merged_alpha", "_weight_shared_with")
+_OWN_ATTRIBUTES = (
+    "alpha",
+    "dropout",
+    "adapter_enabled",
+    "_alpha",
+    "_dropout",
+    "_merged_alpha",
+    "_weight_shared_with",
+)
 # The child that holds what disable_adapter has taken out of a module; see fastlora.disable.
 PUT_ASIDE = "_put_aside"
 _OWN_PARTS = ("weight", "bias", "A", "B", "parametrizations", PUT_ASIDE)
@@ -73,7 +81,9 @@ def check_rank(rank: int) -> None:
         raise ValueError(f"rank must be at least 1, got {rank}")
 
 
-def check_alpha(alpha: float) -> None:
+def check_alpha(alpha: float | Tensor) -> None:
+    if isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.requires_grad:
+        alpha = float(alpha)
     if not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a number, got {alpha!r}")
     if not math.isfinite(alpha):
@@ -111,8 +121,8 @@ class FusedLoRALinear(nn.Linear):
 
     Parameters: ``weight`` (out_features, in_features) and ``bias`` (out_features,) as in ``nn.Linear``, ``A``
     (out_features, rank), zero at start, and ``B`` (rank, in_features), kaiming-uniform. ``alpha`` is the
-    plain multiplier, PEFT's ``lora_alpha / r``; it and ``dropout`` may be changed at any time. ``rank`` is
-    that of ``A`` and ``B``. Dropout acts in training mode only.
+    plain multiplier, PEFT's ``lora_alpha / r``; it and ``dropout`` may be changed at any time, to values that
+    the constructor takes. ``rank`` is that of ``A`` and ``B``. Dropout acts in training mode only.
 
     Args:
         in_features: K. out_features: N. rank: R, at least 1.
@@ -150,8 +160,8 @@ class FusedLoRALinear(nn.Linear):
         self, rank: int, alpha: float, dropout: float, adapter_dtype: torch.dtype | None
     ) -> None:
         """Freeze weight and bias and create the adapter beside them, on weight's device."""
-        self.alpha = float(alpha)
-        self.dropout = float(dropout)
+        self.alpha = alpha
+        self.dropout = dropout
         self.adapter_enabled = True
         self._merged_alpha: float | None = None
         # Other holders of this weight, as far as apply_lora saw; merge() must not touch it then.
@@ -286,6 +296,26 @@ class FusedLoRALinear(nn.Linear):
         )
 
     @property
+    def alpha(self) -> float:
+        """The multiplier of the update; anything but a finite number is an error."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        check_alpha(alpha)
+        self._alpha = float(alpha)
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping an element of the update's input; outside [0, 1] it is an error."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, dropout: float) -> None:
+        check_dropout(dropout)
+        self._dropout = float(dropout)
+
+    @property
     def rank(self) -> int:
         """R, the rows of B."""
         return self.B.shape[0]
@@ -353,7 +383,7 @@ class FusedLoRALinear(nn.Linear):
             )
         self._check_plain_weight("merge")
         self.weight.copy_(self._merged_weight("merge"))
-        self._merged_alpha = float(self.alpha)
+        self._merged_alpha = self.alpha
 
     @torch.no_grad()
     def unmerge(self) -> None:

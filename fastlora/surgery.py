@@ -33,6 +33,7 @@ from fastlora.linear import (
 from fastlora.targets import (
     adapted_layers,
     checked_names,
+    embeddings_of,
     find_saved,
     find_targets,
     join_names,
@@ -78,15 +79,18 @@ def apply_lora(
         model: any module; changed in place.
         target_modules: as PEFT matches it. Several names: each covers the modules called exactly so or whose
             name ends in ``.name``. A string: a regular expression that must match the whole name.
-            ``"all-linear"``: every ``nn.Linear`` but the output head, which is what the model's
-            ``get_output_embeddings()`` returns, else its direct child called lm_head, score, classifier,
-            qa_outputs or head. What lies inside ``modules_to_save`` is left out.
+            ``"all-linear"``: every module that is exactly an ``nn.Linear``, subclasses left out, but the
+            output head, which is what the model's ``get_output_embeddings()`` returns, else its direct child
+            called lm_head, score, classifier, qa_outputs or head. What lies inside ``modules_to_save`` is
+            left out.
         rank: R of every adapter. alpha: the multiplier of the update (PEFT's ``lora_alpha / r``).
         dropout: probability in [0, 1] of dropping an element of the update's input in training.
         adapter_dtype: of A and B; None for the dtype of the layer's weight.
         modules_to_save: names, matched like ``target_modules``, of modules that are trained as a whole, such
             as a new head, or None; :func:`adapter_state_dict` and :func:`fastlora.save_adapter` include them.
-            A weight that such a module shares with another (tied embeddings) becomes its own.
+            A weight that such a module shares with another (tied embeddings) becomes its own. Their values at
+            this moment are what ``disable_adapter`` goes back to, so give the model those of the base first:
+            ``state_dict()`` does not hold them, and loading one does not change them.
 
     Returns:
         ``model``.
@@ -348,7 +352,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Turn every adapted layer into a plain ``nn.Linear`` that computes the same, in place.
 
     The update is added to the weights in place, without copying them; hooks, training modes and names stay,
-    and saved modules keep what they learned. Afterwards nothing of fastlora is left in the model.
+    and saved modules keep what they learned. Afterwards nothing of fastlora is left in the model. Of a
+    transformers model whose embeddings modules_to_save has untied, ``config.tie_word_embeddings`` becomes
+    False, with a warning: ``tie_weights()`` would throw away what one of them has learned.
 
     Args:
         model: with at least one adapted layer.
@@ -396,12 +402,30 @@ def merge_lora(model: nn.Module) -> nn.Module:
         if hasattr(encoder, "_used_nested_tensor"):
             encoder.use_nested_tensor = encoder._used_nested_tensor
             del encoder._used_nested_tensor
+    _keep_untied(model)
     for root in saved_modules(model).values():
         del root._saved_with_adapter
         for module in root.modules():
             for name in [name for name in module._buffers if name.startswith(ORIGINAL)]:
                 delattr(module, name)
     return ungroup_projections(model)
+
+
+def _keep_untied(model: nn.Module) -> None:
+    """Let transformers know of embeddings that were tied until one of them became a module to save."""
+    config: Any = getattr(model, "config", None)
+    saved = set(saved_modules(model).values())
+    ends = [embeddings_of(model, kind) for kind in ("input", "output")]
+    if not getattr(config, "tie_word_embeddings", False) or not saved.intersection(ends):
+        return
+    weights = [getattr(end, "weight", None) for end in ends]
+    if None not in ends and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False
+        warnings.warn(
+            "merge_lora: the input embedding and the head have weights of their own since modules_to_save "
+            "untied them, so config.tie_word_embeddings is False now",
+            stacklevel=3,
+        )
 
 
 def fully_sharded(model: nn.Module) -> dict[str, Any]:
@@ -474,7 +498,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     tensors = adapter_tensors(model)
     check_values(tensors, "adapter_state_dict")
     state: Any = OrderedDict((name, t.detach().clone()) for name, t in tensors.items())
-    state._metadata = {_public(path): {_ALPHA: float(layer.alpha)} for path, layer in layers.items()}
+    state._metadata = {_public(path): {_ALPHA: layer.alpha} for path, layer in layers.items()}
     return state
 
 
@@ -492,7 +516,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
 
     Raises:
         ValueError: names missing or unexpected, tensors of another shape or without values (on the meta
-            device, there or in the model), a merged layer, inside ``disable_adapter``. Nothing is copied.
+            device, there or in the model), an alpha that is no finite number, a merged layer, inside
+            ``disable_adapter``. Nothing is copied.
         TypeError: ``model`` is no module, or ``state`` is no mapping.
     """
     layers = require_layers(model, "load_adapter_state_dict")
@@ -506,12 +531,18 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     unreal = [name for name, tensor in tensors.items() if tensor.is_meta]
     if unreal:
         raise ValueError(f"load_adapter_state_dict: the model's {listing(unreal)} are on the meta device")
+    metadata = getattr(state, "_metadata", None) or {}
+    alphas = {path: metadata.get(_public(path), {}).get(_ALPHA, m.alpha) for path, m in layers.items()}
+    for path, alpha in alphas.items():
+        try:
+            check_alpha(alpha)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"load_adapter_state_dict: _metadata of {path}: {error}") from error
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(sharded_like(tensor, state[name]))
-    metadata = getattr(state, "_metadata", None) or {}
     for path, layer in layers.items():
-        layer.alpha = metadata.get(_public(path), {}).get(_ALPHA, layer.alpha)
+        layer.alpha = alphas[path]
     return model
 
 

@@ -552,6 +552,39 @@ class TestPeftsHere:
             assert torch.equal(loaded.state_dict()[name], tensor), name
         assert_same_outputs(loaded, PeftModel.from_pretrained(copy.deepcopy(base), tmp_path))
 
+    @pytest.mark.parametrize("prepared", [False, True])
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
+    def test_embeddings_of_a_resized_vocabulary_that_are_saved(self, saved, tied, prepared, tmp_path):
+        """PEFT writes each under three names; disable_adapter goes back to the original values."""
+        hub, file = tmp_path / "hub", tmp_path / "adapter"
+        tied_llama(tied).save_pretrained(hub)
+
+        def resized(seed):
+            model = transformers.AutoModelForCausalLM.from_pretrained(hub)
+            torch.manual_seed(seed)  # of the rows that are new
+            model.resize_token_embeddings(51, mean_resizing=False)
+            return model.eval()
+
+        stock = get_peft_model(resized(1), LoraConfig(**lora(target_modules=QV, modules_to_save=saved)))
+        shake(stock).eval().save_pretrained(file)
+        state = load_file(file / WEIGHTS)
+        assert sum("original_module" in name for name in state) == len(saved)
+        base = resized(2)
+        if prepared:
+            fastlora.apply_lora(base, QV, rank=2, modules_to_save=saved)
+        model = fastlora.load_adapter(base, file)
+        theirs = PeftModel.from_pretrained(resized(2), file)
+        assert_same_outputs(model, stock)
+        assert_same_outputs(theirs, stock)
+        with fastlora.disable_adapter(model), theirs.disable_adapter():
+            assert_same_outputs(model, theirs)
+        original = next(name for name in state if "original_module" in name)
+        state[original] = torch.zeros(3, 3)
+        save_file(state, file / WEIGHTS)
+        with pytest.raises(ValueError, match=rf"{original} is \(3, 3\), expected \(51, 16\)"):
+            fastlora.load_adapter(resized(2), file)
+
     @pytest.mark.parametrize("name", ["llama", "llama-classifier", "bert", "t5"])
     @pytest.mark.parametrize("spelling", ["all-linear", "ALL-Linear"])
     def test_all_linear_by_its_name(self, name, spelling, tmp_path):

@@ -900,6 +900,14 @@ class TestStates:
         model.load_state_dict(state, strict=False)
         assert torch.equal(model(ids()), y)
 
+    @pytest.mark.parametrize("alpha", ["x", float("nan"), None])
+    def test_an_alpha_that_is_none(self, alpha):
+        model = self.make()
+        state = fastlora.adapter_state_dict(trained(copy.deepcopy(model)))
+        state._metadata["layers.1.q"]["alpha"] = alpha
+        with unchanged(model), pytest.raises(ValueError, match=rf"_metadata of layers\.1\.q: alpha.*{alpha}"):
+            fastlora.load_adapter_state_dict(model, state)
+
     def test_a_sparse_tensor_changes_nothing(self):
         model = self.make()
         state = fastlora.adapter_state_dict(trained(copy.deepcopy(model)))
@@ -1031,7 +1039,39 @@ class TestStates:
         assert all(torch.equal(inside[name], tensor) for name, tensor in state.items())
 
 
+class WithConfig(Small):
+    """Names its embeddings as transformers' models do."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.config = SimpleNamespace(tie_word_embeddings=True)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
 class TestMergeLora:
+    @pytest.mark.parametrize("saved", ["embed", "lm_head"])
+    def test_transformers_learns_of_untied_embeddings(self, saved):
+        model = WithConfig(tied=True).eval()
+        with pytest.warns(UserWarning, match="tie_weights"):
+            fastlora.apply_lora(model, ["q"], modules_to_save=[saved])
+        y = trained(model)(ids())
+        with pytest.warns(UserWarning, match="config.tie_word_embeddings is False now"):
+            fastlora.merge_lora(model)
+        assert model.config.tie_word_embeddings is False
+        torch.testing.assert_close(model(ids()), y)
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("saved", [(), ("score",)])
+    def test_embeddings_that_stay_tied(self, saved):
+        model = WithConfig(tied=True)
+        fastlora.merge_lora(fastlora.apply_lora(model, ["q"], modules_to_save=saved))
+        assert model.config.tie_word_embeddings is True
+
     def test_plain_linears_with_the_same_outputs(self):
         model = Small().double().eval()
         names, weight = list(model.state_dict()), model.layers[0].q.weight
