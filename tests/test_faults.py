@@ -51,7 +51,8 @@ class TestNonFinite:
     @pytest.mark.parametrize("operand", OPERANDS)
     def test_elements_of_eager(self, run, dtypes, operand):
         """NaN, Inf and -Inf in rows and columns of their own, on both sides of a tile's edge."""
-        case = tensors(70, 72, 66, 5, *dtypes, device=run.device)
+        # An even rank: without AVX512-BF16 oneDNN pads bfloat16 sums to pairs, and Inf times padding is NaN.
+        case = tensors(70, 72, 66, 6, *dtypes, device=run.device)
         poisoned = getattr(case, operand).clone()
         last = tuple(size - 1 for size in poisoned.shape)
         for where, value in ((0, float("nan")), (1, float("inf")), (2, float("-inf"))):
@@ -280,6 +281,31 @@ class TestThreads:
             list(pool.map(lambda x: layer(x).square().sum().backward(), inputs))
         torch.testing.assert_close(layer.A.grad, expected[0])
         torch.testing.assert_close(layer.B.grad, expected[1])
+
+    @pytest.mark.parametrize("first_closes_first", [True, False])
+    def test_compiled_code_follows_the_newest_open_block(self, first_closes_first):
+        """Of blocks of two threads, closed in either order."""
+        opened, close = threading.Event(), threading.Event()
+
+        def other():
+            with fastlora.use_path("addmm"):
+                opened.set()
+                assert close.wait(30)
+
+        thread = threading.Thread(target=other)
+        with fastlora.use_path("reference"):
+            thread.start()
+            assert opened.wait(30)
+            assert planner._mode == "addmm"
+            if not first_closes_first:
+                close.set()
+                thread.join()
+                assert planner._mode == "reference"
+        if first_closes_first:
+            assert planner._mode == "addmm"
+            close.set()
+            thread.join()
+        assert planner._mode == "auto"
 
     def test_a_path_is_its_threads_own(self, monkeypatch):
         """Blocks that open and close in turn, in three threads: each call runs on its thread's path."""
