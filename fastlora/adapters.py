@@ -498,7 +498,7 @@ def _parse_config(raw: bytes, path: Path) -> AdapterConfig:
         raise ValueError(f"load_adapter: {path} holds a {type(fields).__name__}, expected an object")
     _check_features(fields)
     try:
-        return _config_from(fields)
+        return config_from(fields)
     except (TypeError, ValueError, OverflowError, re.error) as error:
         raise ValueError(f"load_adapter: {path}: {error}") from error
 
@@ -519,8 +519,12 @@ def _check_features(fields: Mapping[str, Any]) -> None:
         warnings.warn(f"load_adapter: unknown fields are ignored: {', '.join(unknown)}", stacklevel=5)
 
 
-def _config_from(fields: Mapping[str, Any]) -> AdapterConfig:
-    """The fields with PEFT's defaults for missing ones; ValueError or TypeError for values of other kinds."""
+def config_from(fields: Mapping[str, Any]) -> AdapterConfig:
+    """The fields with PEFT's defaults for missing ones.
+
+    Raises:
+        ValueError, TypeError, OverflowError, re.error: values of other kinds.
+    """
     targets = _expression_or_strings(fields, "target_modules")
     if not targets:
         raise ValueError(f"target_modules={fields.get('target_modules')!r}, expected names")

@@ -51,13 +51,13 @@ def replace_files(directory: Path, contents: Mapping[str, bytes], stale: Iterabl
                     if error.errno not in _NOT_AS_A_WHOLE:
                         raise
             _replace_one_by_one(directory, contents)
-            for name in stale:
-                (directory / name).unlink(missing_ok=True)
-            return
-        for name in others:
-            _replace_file(directory / name, contents[name])
-        if not same:
-            _replace_file(old, contents[last])
+        else:
+            for name in others:
+                _replace_file(directory / name, contents[name])
+            if not same:
+                _replace_file(old, contents[last])
+        for name in stale:
+            (directory / name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -474,15 +474,10 @@ def compare(
             )
         )
     fastlora.save_adapter(tuned, folder)
-    return results, snapshot(tuned)
+    return results, fastlora.adapter_state_dict(tuned)
 
 
 # Report
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapters and the head, to be put back later."""
-    return {name: value.clone() for name, value in fastlora.adapter_state_dict(model).items()}
 
 
 def switch_milliseconds(
@@ -689,7 +684,7 @@ def run(options: argparse.Namespace, started: float) -> None:
     print(note)
     running = with_adapter(base, seed)
     print(fastlora.summary(running))
-    states = {"untrained": snapshot(running)}
+    states = {"untrained": fastlora.adapter_state_dict(running)}
     before: dict[str, float] = {}
     results: dict[str, list[Result]] = {}
     for domain in domains:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,10 +108,14 @@ def any_dtensor(*tensors: Tensor) -> bool:
 _CLIPS_PARTIAL_GRADIENTS_WRONGLY = TorchVersion(torch.__version__) < "2.13"
 
 
-def _with_whole_gradient(parameter: Any) -> Tensor:
-    """A DTensor whose gradient has its own placements, summed over the ranks in backward already."""
-    placements = getattr(parameter, "placements", None)
-    return parameter if placements is None else parameter.redistribute(placements=placements)
+def with_whole_gradients(parameters: Sequence[Any]) -> list[Tensor]:
+    """DTensors whose gradients have their own placements, summed over the ranks in backward already.
+
+    As they are where PyTorch clips partial gradients right itself.
+    """
+    if not _CLIPS_PARTIAL_GRADIENTS_WRONGLY:
+        return list(parameters)
+    return [p.redistribute(placements=p.placements) if hasattr(p, "placements") else p for p in parameters]
 
 
 def shared_seed(x: Tensor) -> Tensor:
@@ -342,8 +347,7 @@ def compute(
         # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
         if dropout > 0.0 and seed is None:
             seed = shared_seed(x)
-        if _CLIPS_PARTIAL_GRADIENTS_WRONGLY:
-            A, B = _with_whole_gradient(A), _with_whole_gradient(B)
+        A, B = with_whole_gradients((A, B))
         return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
     if needs_plain_operations():
         return reference.lora_linear(x, weight, A, B, alpha, bias, dropout, seed)

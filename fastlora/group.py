@@ -25,6 +25,7 @@ from fastlora.function import (
     lora_linear,
     needs_plain_operations,
     shared_seed,
+    with_whole_gradients,
 )
 from fastlora.kernels.configs import MAX_BRANCHES, MAX_RANK
 from fastlora.planner import current_mode
@@ -219,6 +220,7 @@ def lora_linear_group(
         # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
         if dropout > 0.0 and seed is None:
             seed = shared_seed(x)
+        As, Bs = with_whole_gradients(As), with_whole_gradients(Bs)
         return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)
     if needs_plain_operations():
         return reference.lora_linear_group(x, weights, As, Bs, alphas, biases, dropout, seed)

@@ -222,7 +222,7 @@ class FusedLoRALinear(nn.Linear):
         return layer
 
     def reset_parameters(self) -> None:
-        """Weight and bias as ``nn.Linear`` initialises them, and the adapter; ValueError if merged."""
+        """Weight and bias as ``nn.Linear`` initialises them, and the adapter; raises as its own reset."""
         adapted = "A" in self._parameters  # nn.Linear.__init__ calls this before the adapter exists.
         if adapted:
             self._check_unmerged("reset_parameters")
@@ -234,7 +234,8 @@ class FusedLoRALinear(nn.Linear):
         """A zeros, so that training starts from the frozen layer; B kaiming_uniform with a = sqrt(5).
 
         Raises:
-            ValueError: merged, as unmerge() could no longer take the update out of weight.
+            ValueError: merged, as unmerge() could no longer take the update out of weight; inside
+                ``disable_adapter``.
         """
         self._check_unmerged("reset_lora_parameters")
         nn.init.zeros_(self.A)
@@ -243,6 +244,8 @@ class FusedLoRALinear(nn.Linear):
     def _check_unmerged(self, method: str) -> None:
         if self.merged:
             raise ValueError(f"{method}: the layer is merged: call unmerge() first")
+        if not self.adapter_enabled:  # A merged layer holds the unmerged weight there, for a while.
+            raise ValueError(f"{method}: the adapter is disabled: leave disable_adapter first")
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features) -> (..., out_features); see :func:`fastlora.lora_linear` for errors.

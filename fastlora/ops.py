@@ -467,7 +467,7 @@ def _backward(
     dx = dA = dB = dbias = None
     with _scope(dy):
         plan = _plan(dy.device, dy.dtype, A.dtype, M, N, K, R, dropout > 0.0, mode)
-        # As in forward, whose h has dropout's factor or not by it.
+        # Of the whole plan, as in forward: it decides whether h holds dropout's factor.
         all_addmm = plan.all_addmm
         if not (need_dA and (need_dx or need_dB)):
             plan = plan.apart
@@ -763,10 +763,7 @@ def _is_plain_cpu(tensor: Tensor) -> bool:
     Tensor subclasses (fake tensors among them), dispatch modes (selective checkpointing) and compiled code
     need the operator.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack():
-        flops.register_where_counted()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     kind = type(tensor)
     return tensor.device.type == "cpu" and (kind is Tensor or kind is torch.nn.Parameter)
@@ -775,8 +772,12 @@ def _is_plain_cpu(tensor: Tensor) -> bool:
 def _is_direct(tensor: Tensor, mode: str) -> bool:
     """Whether a call goes around the operator.
 
-    Not where kernels run in Triton's interpreter, for :func:`_in_memory`'s reason.
+    Not under use_path("triton"): the dispatcher resolves negative bits and zero tensors, whose values
+    Triton's interpreter would not find in memory.
     """
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        flops.register_where_counted()
+        return False
     return mode != "triton" and _is_plain_cpu(tensor)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastlora.function import compute_dtype
+from fastlora.function import autocast_on, compute_dtype
 from fastlora.group import check_model, group_states
 from fastlora.linear import FusedLoRALinear
 from fastlora.planner import Problem, current_mode, describe, make_plan
@@ -103,19 +103,21 @@ def _path_of(layer: FusedLoRALinear) -> tuple[str, str]:
         return "merged", ""
     if not layer.adapter_enabled:
         return "disabled", ""
-    return planned_path(layer.weight, layer.rank, layer.training and layer.dropout > 0.0)
+    return planned_path(layer.weight, layer.A, layer.training and layer.dropout > 0.0)
 
 
-def planned_path(weight: Tensor, rank: int, dropout: bool) -> tuple[str, str]:
-    """The path of the forward gemm of weight: (N, K) for a usual number of tokens, and its reason."""
+def planned_path(weight: Tensor, A: Tensor, dropout: bool) -> tuple[str, str]:
+    """The path of the forward gemm of weight: (N, K) and A: (N, R) for usual tokens, and its reason."""
+    dtype = compute_dtype(weight)
     problem = Problem(
         device=describe(weight.device),
-        dtype=compute_dtype(weight),
+        dtype=dtype,
         M=_SUMMARY_TOKENS,
         N=weight.shape[0],
         K=weight.shape[1],
-        R=rank,
+        R=A.shape[1],
         dropout=dropout,
+        adapter_dtype=dtype if autocast_on(weight) else A.dtype,
     )
     plan = make_plan(problem, current_mode())
     return plan.path, plan.reason

@@ -35,9 +35,10 @@ _KERNEL_DTYPES = (*_HALF, torch.float32)
 
 # The mode of the newest open block of any thread: what compiled code is guarded on.
 _mode = "auto"
-# One entry for each open block of any thread. A thread's own mode lies in PyTorch's thread-local state, which
-# autograd's threads take over from the one that calls backward(), so that checkpoints recompute on its path.
-_open_blocks: list[None] = []
+# The mode of each open block of any thread, the newest last. A thread's own mode lies in PyTorch's
+# thread-local state, which autograd's threads take over from the one that calls backward(), so that
+# checkpoints recompute on its path.
+_open_blocks: dict[object, str] = {}
 _MODE_KEY = "fastlora.mode"
 
 
@@ -132,7 +133,10 @@ class Plan:
 
     @functools.cached_property
     def all_addmm(self) -> bool:
-        """Whether every product takes the addmm form without a kernel: it then runs as one short chain."""
+        """Whether every product takes the addmm form without a kernel: it then runs as one short chain.
+
+        With dropout, forward and backward must agree on it: h holds dropout's factor in the other form alone.
+        """
         steps = [getattr(self, name) for name in self.__dataclass_fields__]
         return all(step.path == "addmm" and step.config is None for step in steps)
 
@@ -247,7 +251,8 @@ def use_path(mode: str) -> Iterator[None]:
     previous, _mode = current_mode(), mode
     eager = not torch.compiler.is_compiling()
     if eager:
-        _open_blocks.append(None)
+        block = object()
+        _open_blocks[block] = mode
         _set_thread_mode(mode)
     try:
         yield
@@ -255,7 +260,8 @@ def use_path(mode: str) -> Iterator[None]:
         _mode = previous
         if eager:
             _set_thread_mode(previous)
-            _open_blocks.pop()
+            del _open_blocks[block]
+            _mode = next(reversed(_open_blocks.values()), "auto")
 
 
 def _set_thread_mode(mode: str) -> None:

@@ -10,6 +10,7 @@ Times are those of CUDA graphs: what the host adds to calls that it launches one
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -28,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import measured, ops, planner, reference
+from fastlora.adapters import config_from
 from fastlora.kernels import configs
 from fastlora.measured import OK, Row
 from fastlora.planner import Device, Problem, Step
-from fastlora.targets import ALL_LINEAR, linear_names, matches
+from fastlora.targets import ALL_LINEAR, linear_names
 
 # The (out, in) features of common 7B to 13B decoders, training and decoding.
 FEATURES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
@@ -45,7 +47,7 @@ FACTOR, SLACK = 2.0, 1e-6
 # Rows and columns of a result that the check compares: float64 is slow on most GPUs.
 _SAMPLED = 256
 _MAX_SETS, _MAX_BYTES = 32, 2 * 1024**3
-# How the status begins of a path that left the GPU unusable.
+# Prefix of the status of a path that left the GPU unusable.
 _LOST = "lost the GPU: "
 
 # Names of paths with the calls to time, one for each input set -> seconds a call of each path.
@@ -457,16 +459,20 @@ def time_on_gpu(
 
 
 def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for call in calls:
             call()
+    current.wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    finally:
+        torch.cuda.set_stream(current)  # which PyTorch 2.11 leaves out where the capture fails at its end
     return graph
 
 
@@ -493,7 +499,7 @@ def model_layers(name: str) -> set[tuple[int, int, int | None]]:
     config = Path(name) / "adapter_config.json"
     layers: set[tuple[int, int, int | None]]
     if not config.is_file():
-        layers = {(n, k, None) for n, k in _linear_features(_meta_model(name), ALL_LINEAR)}
+        layers = {(n, k, None) for n, k in _linear_features(_meta_model(name)).values()}
     elif (weights := config.with_name("adapter_model.safetensors")).is_file():
         layers = _adapter_layers(weights)
     else:
@@ -526,12 +532,24 @@ def _configured_layers(path: Path) -> set[tuple[int, int, int | None]]:
     """The layers that an adapter's configuration names in its base model."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        base, rank, targets = (fields[name] for name in ("base_model_name_or_path", "r", "target_modules"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        base = fields["base_model_name_or_path"]
+        config = config_from(fields)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, re.error) as error:
         raise ValueError(f"{path} is no adapter configuration: {type(error).__name__}: {error}") from error
-    if not isinstance(base, str) or not isinstance(rank, int) or not isinstance(targets, (str, list)):
-        raise ValueError(f"{path}: base_model_name_or_path, r or target_modules is missing")
-    return {(n, k, rank) for n, k in _linear_features(_meta_model(base), targets)}
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base_model_name_or_path={base!r}, expected a name")
+    model, selector = _meta_model(base), config.selector
+    sizes = _linear_features(model)
+    if isinstance(selector.target_modules, str) and selector.target_modules.lower() == ALL_LINEAR:
+        selector = dataclasses.replace(selector, target_modules=tuple(sizes))
+    layers: set[tuple[int, int, int | None]] = set()
+    for own, (n, k) in sizes.items():
+        # The names are those in the model with its head, of which this one is a child called so.
+        for name in (f"{getattr(model, 'base_model_prefix', '')}.{own}", own):
+            if selector.covers(name):
+                layers.add((n, k, config.rank_of(name)))
+                break
+    return layers
 
 
 def _meta_model(name: str) -> nn.Module:
@@ -550,14 +568,10 @@ def _meta_model(name: str) -> nn.Module:
         raise ValueError(f"transformers cannot build {name}: {first}") from error
 
 
-def _linear_features(model: nn.Module, targets: str | list[str]) -> set[tuple[int, int]]:
-    paths = linear_names(model)
-    if not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        # The names are those in the model with its head, of which this one is a child called so.
-        prefix = getattr(model, "base_model_prefix", "")
-        paths = [p for p in paths if matches(targets, p) or matches(targets, f"{prefix}.{p}")]
-    layers: list[Any] = [model.get_submodule(path) for path in paths]
-    return {(layer.out_features, layer.in_features) for layer in layers}
+def _linear_features(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) features of the linear layers but the head, by name."""
+    layers: dict[str, Any] = {path: model.get_submodule(path) for path in linear_names(model)}
+    return {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
 
 
 def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:

@@ -31,7 +31,7 @@ def in_eights(R: int, row_stride: int, rank_stride: int) -> bool:
 
 
 def update_constants(u, v, block_r: int) -> dict[str, int | bool]:
-    """What a launch says of u: (M, R) and v: (R, E) for :func:`update_tile`."""
+    """The compile-time arguments of :func:`update_tile` for u: (M, R) and v: (R, E)."""
     R = u.shape[1]
     return {
         "BLOCK_R": block_r,
@@ -61,7 +61,10 @@ def update_tile(
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     U_EIGHTS: tl.constexpr, V_EIGHTS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """s * keep * (U @ V), (BLOCK_M, BLOCK_E) in fp32; first_e: the number of its first column."""
+    """s * keep * (U @ V) of U: (M, R), V: (R, E): a (BLOCK_M, BLOCK_E) tile in fp32.
+
+    first_e: the number of its first column.
+    """
     R = of_eights(R, U_EIGHTS or V_EIGHTS)
     stride_um = of_eights(stride_um, U_EIGHTS)
     stride_ve = of_eights(stride_ve, V_EIGHTS)
@@ -90,7 +93,7 @@ def add_product(
     offs_m, offs_e, mask_m, mask_e,
     BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """acc: (BLOCK_M, BLOCK_E) + P @ Q."""
+    """acc: (BLOCK_M, BLOCK_E) + the tile of P: (M, D) @ Q: (D, E)."""
     tl.assume(D > 0)  # Lets ptxas keep wgmma asynchronous: the loop below runs at least once.
     offs_d = tl.arange(0, BLOCK_D)
     p_ptrs = p_ptr + offs_m[:, None] * stride_pm + offs_d.to(tl.int64)[None, :] * stride_pd

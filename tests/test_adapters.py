@@ -1557,11 +1557,12 @@ class TestTheDirectory:
         assert (tmp_path / "alias").is_symlink()
         assert files(directory) == wanted
 
-    def test_an_old_pickled_file_goes_with_its_adapter(self, tmp_path):
+    @pytest.mark.parametrize("scenario", SCENARIOS[1:4])
+    def test_an_old_pickled_file_goes_with_its_adapter(self, scenario, tmp_path):
         directory = tmp_path / "adapter"
-        new, _, wanted = prepare_scenario("other config", directory)
-        torch.save(load_file(directory / WEIGHTS), directory / PICKLED)
-        (directory / WEIGHTS).unlink()
+        new, _, wanted = prepare_scenario(scenario, directory)
+        torch.save({}, directory / PICKLED)
+        (directory / WEIGHTS).unlink(missing_ok=True)
         fastlora.save_adapter(new, directory)
         assert files(directory) == wanted
         assert not (directory / PICKLED).exists()

@@ -43,6 +43,21 @@ def test_one_layer(wanted, lead):
     assert flops(fused, *operands, wanted=wanted) == flops(eager, *operands, wanted=wanted)
 
 
+def test_the_first_call_of_a_process(monkeypatch):
+    """What is counted is registered by it, whatever path it takes."""
+    calls = []
+    monkeypatch.setattr(fastlora.ops.flops, "register_where_counted", lambda: calls.append(1))
+    operands = leaves((True, True, True), 7, 24, 40, 3)
+    for path in ("auto", "addmm", "reference"):
+        with fastlora.use_path(path):
+            flops(fused, *operands, wanted=(True,))
+    assert len(calls) == 6
+    monkeypatch.setattr(fastlora.ops, "_forward_operator", lambda *arguments: calls.append(arguments[-1]))
+    with FlopCounterMode(display=False):
+        fastlora.ops.lora_forward(operands[0].detach(), "triton")
+    assert calls[6:] == [1, "triton"]
+
+
 @pytest.mark.parametrize("wanted", WANTED)
 def test_a_group(wanted):
     branches = [leaves(wanted, (2, 5), N, 40, R) for N, R in ((24, 3), (8, 5), (8, 2))]

@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import ops, reference
+from fastlora import function, ops, reference
 from fastlora.group import lora_linear_group
 from fastlora.kernels import configs
 from fastlora.planner import Device, Problem, make_group_plan
@@ -365,7 +365,10 @@ class TestOnlyWhatIsAskedFor:
         assert counts == {"project": 1 + 3, "gemm": 3, "group_dx": 1, "token_sum": 3 + 1}
 
 
-def test_sharded_tensors_take_the_plain_formula(tmp_path):
+@pytest.mark.parametrize("partial", [False, True])
+def test_sharded_tensors_take_the_plain_formula(partial, tmp_path, monkeypatch):
+    """partial: where PyTorch would scale gradients wrongly that are not summed over the ranks yet."""
+    monkeypatch.setattr(function, "_CLIPS_PARTIAL_GRADIENTS_WRONGLY", partial)
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("this PyTorch has no gloo")
@@ -389,6 +392,12 @@ def test_sharded_tensors_take_the_plain_formula(tmp_path):
         for y, truth in zip(ys, expected, strict=True):
             assert isinstance(y, DTensor)
             torch.testing.assert_close(y.full_tensor(), truth)
+        As = [A.detach().requires_grad_() for A in sharded[1]]
+        x = distribute_tensor(problem.x, mesh, [Shard(0)])
+        parts = lora_linear_group(x, sharded[0], As, sharded[2], problem.alphas, sharded[3])
+        torch.autograd.backward([y.to_local().sum() for y in parts])
+        whole = all(A.grad.placements == A.placements for A in As)
+        assert whole or not partial
     finally:
         distributed.destroy_process_group()
 

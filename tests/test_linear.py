@@ -214,6 +214,17 @@ class TestInitialisation:
         for name, before in layer_values.items():
             assert torch.equal(getattr(layer, name), before), name
 
+    @pytest.mark.parametrize("method", ["reset_parameters", "reset_lora_parameters"])
+    def test_refused_while_disabled(self, method):
+        """A merged layer holds the unmerged weight there, to be merged again with the same A and B."""
+        model = nn.Sequential(random_layer())
+        weight = model[0].weight.detach().clone()
+        model[0].merge()
+        with fastlora.disable_adapter(model), pytest.raises(ValueError, match=rf"{method}.*disabled"):
+            getattr(model[0], method)()
+        model[0].unmerge()
+        torch.testing.assert_close(model[0].weight, weight)
+
     def test_meta_then_to_empty(self):
         layer = FusedLoRALinear(*self.SHAPE, device="meta")
         moved = layer.to_empty(device="cpu")

@@ -16,6 +16,7 @@ from torch import nn
 
 import fastlora
 from fastlora import overview, targets
+from fastlora.planner import Device
 from fastlora.targets import Selector
 
 WIDTH = 16
@@ -224,7 +225,13 @@ class TestTargets:
         model = Small()
         model.register_buffer("sparse", torch.eye(3).to_sparse())
         model.register_buffer("nested", torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]))
-        fastlora.merge_lora(fastlora.apply_lora(model, ["q"], modules_to_save=["score"]))
+        fastlora.apply_lora(model, ["q"], modules_to_save=["score"])
+        assert adapted(model) == [f"layers.{i}.q" for i in range(3)]
+        assert model.sparse.is_sparse
+        assert model.nested.is_nested
+        fastlora.merge_lora(model)
+        assert not adapted(model)
+        assert [tensor.tolist() for tensor in model.nested.unbind()] == [[1.0], [1.0, 1.0]]
 
 
 def linear_with(change):
@@ -1272,6 +1279,11 @@ class TestSummary:
             ["lm_head", "1", "20 x 16", "-", "trained"],
         ]
         assert rest[1:] == [f"{plan.path}: {plan.reason}"]
+
+    def test_the_adapters_dtype_counts(self, monkeypatch):
+        model = fastlora.apply_lora(Small().bfloat16(), ["q"], adapter_dtype=torch.float64)
+        monkeypatch.setattr(overview, "describe", lambda device: Device("cuda", "A100", 80, 108))
+        assert "not float64" in fastlora.summary(model)
 
     def test_columns_are_aligned(self):
         lines = fastlora.summary(fastlora.apply_lora(Small(), ["q"], rank=128)).splitlines()[:2]

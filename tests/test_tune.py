@@ -981,6 +981,15 @@ class TestArguments:
             (adapter / "adapter_config.json").write_text(json.dumps(fields))
             found = layers_of("--model", str(adapter), "--tokens", "3", capsys=capsys)
             assert found == sorted(f"M=3 N={n} K={k} R=5" for n, k in kept)
+        fields = {
+            **fields,
+            "target_modules": ["q_proj", "k_proj", "up_proj"],
+            "exclude_modules": ["up_proj"],
+            "rank_pattern": {"^model.layers.0.self_attn.q_proj": 7},
+        }
+        (adapter / "adapter_config.json").write_text(json.dumps(fields))
+        found = layers_of("--model", str(adapter), "--tokens", "3", capsys=capsys)
+        assert found == ["M=3 N=16 K=32 R=5", "M=3 N=32 K=32 R=5", "M=3 N=32 K=32 R=7"]
 
     def test_adapter_file(self, tmp_path, capsys):
         """N, K and the rank of each layer as the file holds them; no base model is looked for."""
@@ -1006,7 +1015,15 @@ class TestArguments:
         pytest.importorskip("transformers")
         adapter = tmp_path / "adapter_config.json"
         missing = str(tmp_path / "missing")
-        for content in (None, "{}", "[1]", "not json", json.dumps({"base_model_name_or_path": missing})):
+        fields = {"base_model_name_or_path": missing, "r": 8, "target_modules": ["q_proj"]}
+        bad = (
+            {"target_modules": "("},
+            {"r": 0},
+            {"target_modules": None},
+            {"base_model_name_or_path": None},
+            {},
+        )
+        for content in (None, "{}", "[1]", "not json", *(json.dumps({**fields, **change}) for change in bad)):
             if content is not None:
                 adapter.write_text(content)
             assert tune.main(["--list", "--model", str(tmp_path if content else missing)]) == 2
