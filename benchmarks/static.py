@@ -143,7 +143,7 @@ def _project_source(case: Case):
         "p_ptr": f"*{case.dtype}", "stride_pm": "i32", "stride_pd": 1,
         "q_ptr": f"*{case.adapter}", "stride_qd": 1, "stride_qr": "i32",
         "h_ptr": f"*{case.dtype}", "stride_hm": "i32",
-        "seed_ptr": "*i64" if case.dropout else None, "keep_threshold": "i32", "keep_scale": "fp32",
+        "seed_ptr": "*i64" if case.dropout else None, "keep_threshold": "i32", "scale": "fp32",
         "M": "i32", "D": "i32", "R": "i32",
         "BLOCK_M": config.block_m, "BLOCK_D": config.block_d, "BLOCK_R": config.block_r,
         "Q_EIGHTS": case.backward and case.eights, "EVEN_D": True, "HAS_DROPOUT": case.dropout,
@@ -290,7 +290,7 @@ _SOURCES = {
     "hopper": _hopper_source,
 }
 # Arguments whose values the launcher sees as multiples of 16 in these cases; the rank only from 16 on.
-_NEVER_DIVISIBLE = {"keep_threshold", "keep_scale", "scale"}
+_NEVER_DIVISIBLE = {"keep_threshold", "scale"}
 
 
 def compile_case(case: Case) -> Row:

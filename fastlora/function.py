@@ -157,7 +157,10 @@ def _is_regular(
     dropout: float,
     seed: Tensor | None,
 ) -> bool:
-    """Whether the arguments are the common case, free of faults; as few look-ups as a small call affords."""
+    """Whether the arguments are the common case, free of faults; as few look-ups as a small call affords.
+
+    It must imply all that :func:`check_arguments` asks for after it.
+    """
     N, K = weight.shape
     R = B.shape[0]
     device, dtype = x.device, x.dtype

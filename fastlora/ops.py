@@ -244,7 +244,7 @@ def _scaled_mm(p: Tensor, q: Tensor, scale: float) -> Tensor:
 @functools.cache
 def _zero(dtype: torch.dtype) -> Tensor:
     """A zero on the CPU: one for all calls, as making it shows in a small one."""
-    return torch.zeros((), dtype=dtype)
+    return torch.zeros((), dtype=dtype, device="cpu")  # whatever the default device is at the first call
 
 
 def _is_thin(dy: Tensor, R: int) -> bool:
@@ -602,7 +602,7 @@ def _project_into(step: Step, out: Tensor, p: Tensor, q: Tensor, scale: float) -
     if step.path == "triton":
         from fastlora.kernels.project import project
 
-        project(p, q, step.config, keep_scale=scale, out=out)
+        project(p, q, step.config, scale=scale, out=out)
     elif step.path == "reference":
         out.copy_(reference.project(p, q) * scale)
     else:

@@ -420,17 +420,16 @@ def make_group_plan(
 def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Step:
     """The step that sums dx over the branches; ``dx``: that of one layer as wide as all of them."""
     p = problem
-    if kernel_step(p, "dx").config is None:
+    chosen = mode == "auto" and p.device.kind == "cuda" and p.dtype in _HALF and not why_not_triton(p)
+    # No kernel is looked for that cannot run: of float64, say, none fits.
+    if not (chosen or dx.path == "triton") or kernel_step(p, "dx").config is None:
         return dx
     capability = p.device.capability or configs.MIN_CAPABILITY
     config = configs.select_gemm(capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
-    chosen = mode == "auto" and p.device.kind == "cuda" and p.dtype in _HALF and not why_not_triton(p)
     if chosen and any(size % configs.ALIGNED for size in (p.K, *Ns)):
         return _blas_step(p, "dx", f"K={p.K}, N={', '.join(map(str, Ns))}: {_SLOW}")
     if dx.path == "triton":
         return dataclasses.replace(dx, config=config)
-    if not chosen:
-        return dx
     loop = _loop(p)
     measured_otherwise = _find(p, "dx") or "triton" in measured.failed(**_key(p, "dx"))
     if measured_otherwise or not loop.loop_efficiency:

@@ -19,7 +19,7 @@ def project_tile(
     p_ptr, stride_pm, stride_pd,
     q_ptr, stride_qd, stride_qr,
     h_ptr, stride_hm,
-    seed_ptr, keep_threshold, keep_scale,
+    seed_ptr, keep_threshold, scale,
     M, D, R,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     Q_EIGHTS: tl.constexpr, EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -55,7 +55,7 @@ def project_tile(
         q_ptrs += step * stride_qd
 
     h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_r[None, :]
-    tl.store(h_ptrs, (acc * keep_scale).to(h_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+    tl.store(h_ptrs, (acc * scale).to(h_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
 @triton.jit(do_not_specialize=["keep_threshold"])
@@ -63,7 +63,7 @@ def _project_kernel(
     p_ptr, stride_pm, stride_pd,
     q_ptr, stride_qd, stride_qr,
     h_ptr, stride_hm,
-    seed_ptr, keep_threshold, keep_scale,
+    seed_ptr, keep_threshold, scale,
     M, D, R,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     Q_EIGHTS: tl.constexpr, EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -73,7 +73,7 @@ def _project_kernel(
         p_ptr, stride_pm, stride_pd,
         q_ptr, stride_qd, stride_qr,
         h_ptr, stride_hm,
-        seed_ptr, keep_threshold, keep_scale,
+        seed_ptr, keep_threshold, scale,
         M, D, R,
         BLOCK_M, BLOCK_D, BLOCK_R, Q_EIGHTS, EVEN_D, HAS_DROPOUT,
     )  # fmt: skip
@@ -85,12 +85,12 @@ def project(
     config: ProjectConfig,
     seed: torch.Tensor | None = None,
     keep_threshold: int = 0,
-    keep_scale: float = 1.0,
+    scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """p: (M, D), q: (D, R) -> (M, R) in p's dtype; any strides; M, D, R > 0.
 
-    ``seed``: int64 tensor of one element turns dropout of p on, with its threshold. ``keep_scale`` multiplies
+    ``seed``: int64 tensor of one element turns dropout of p on, with its threshold. ``scale`` multiplies
     the result, with or without dropout. ``out``: (M, R) of column stride 1, written and returned; None for a
     new tensor.
     """
@@ -100,7 +100,7 @@ def project(
         p, p.stride(0), p.stride(1),
         q, q.stride(0), q.stride(1),
         h, h.stride(0),
-        seed, keep_threshold, keep_scale,
+        seed, keep_threshold, scale,
         M, D, R,
         BLOCK_M=config.block_m, BLOCK_D=config.block_d, BLOCK_R=config.block_r,
         Q_EIGHTS=in_eights(R, *q.stride()), EVEN_D=D % config.block_d == 0, HAS_DROPOUT=seed is not None,

@@ -26,7 +26,10 @@ def tile_dot(a, b, acc):
 
 
 def in_eights(R: int, row_stride: int, rank_stride: int) -> bool:
-    """Whether :func:`of_eights` is for rank and row stride of a matrix (rows, R) of these strides."""
+    """Whether R and row_stride of a matrix (rows, R) of contiguous ranks are multiples of 8, not both of 16.
+
+    Then the compiler has to be told by :func:`of_eights`: multiples of 16 Triton notes itself.
+    """
     return rank_stride == 1 and R % 8 == row_stride % 8 == 0 and R % 16 + row_stride % 16 > 0
 
 

@@ -8,6 +8,7 @@ from cases import RUNS, bits_equal, differentiate, every_run, fused, saved_for_b
 from torch import nn
 
 import fastlora
+import fastlora.ops
 from fastlora import reference
 
 kernel_runs = pytest.mark.parametrize("run", [run for run in RUNS if run.values[0].path == "triton"])
@@ -322,3 +323,12 @@ class TestModule:
         assert torch.equal(state, torch.get_rng_state())
         torch.cuda.manual_seed(3)
         assert torch.equal(first, net(x))
+
+
+def test_a_default_device_leaves_no_trace():
+    """A scalar that is remembered from the first call lies on the CPU."""
+    fastlora.ops._zero.cache_clear()
+    layer = fastlora.FusedLoRALinear(8, 6, 2, dropout=0.3)
+    with torch.device("meta"):
+        assert fastlora.ops._zero(torch.float32).device.type == "cpu"
+    assert layer(torch.randn(700, 8)).isfinite().all()

@@ -365,6 +365,17 @@ class TestOnlyWhatIsAskedFor:
         assert counts == {"project": 1 + 3, "gemm": 3, "group_dx": 1, "token_sum": 3 + 1}
 
 
+@pytest.mark.parametrize("path", ["auto", "addmm", "reference"])
+def test_float64_of_many_tokens_and_ranks(path):
+    """No kernel's tile of that size would fit a GPU, and none is asked for."""
+    x, *rest = (torch.randn(*shape, dtype=torch.float64) for shape in ((65, 8), (4, 8), (4, 17), (17, 8)))
+    arguments = x, *([t] * 2 for t in rest), [1.0, 0.5]
+    with fastlora.use_path(path):
+        ours = lora_linear_group(*arguments)
+    for y, truth in zip(ours, reference.lora_linear_group(*arguments), strict=True):
+        torch.testing.assert_close(y, truth)
+
+
 @pytest.mark.parametrize("partial", [False, True])
 def test_sharded_tensors_take_the_plain_formula(partial, tmp_path, monkeypatch):
     """partial: where PyTorch would scale gradients wrongly that are not summed over the ranks yet."""
@@ -665,7 +676,7 @@ class TestKernel:
         p = torch.randn(37, 70).half().to(kernel_device)
         q = (torch.randn(70, 9) * 0.1).half().to(kernel_device)
         whole = torch.full((37, 20), 7.0, dtype=torch.float16, device=kernel_device)
-        out = project(p, q, configs.select_project(80, 8, 37, 9, 2), keep_scale=0.7, out=whole[:, 5:14])
+        out = project(p, q, configs.select_project(80, 8, 37, 9, 2), scale=0.7, out=whole[:, 5:14])
         assert out.data_ptr() == whole[:, 5:].data_ptr()
         assert_as_accurate(whole[:, 5:14], 0.7 * (p @ q), 0.7 * (p.double() @ q.double()), "h")
         assert (whole[:, :5] == 7).all()

@@ -29,6 +29,7 @@ from torch.nn.utils import prune
 
 import fastlora
 from fastlora import FusedLoRALinear
+from fastlora import linear as linear_module
 
 PARAMETERS = ("weight", "bias", "A", "B")
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
@@ -1153,6 +1154,14 @@ def _state_dict_hooks(linear, seen):
     linear._register_state_dict_hook(lambda module, state, prefix, local: seen.append(("saved", module)))
     linear.register_load_state_dict_pre_hook(lambda module, *rest: seen.append(("before loading", module)))
     linear.register_load_state_dict_post_hook(lambda module, keys: seen.append(("loaded", module)))
+
+
+def test_no_kind_of_hook_is_forgotten():
+    """A kind that PyTorch adds would be lost where a layer takes the place of another."""
+    kinds = {
+        name for name, value in vars(nn.Linear(1, 1)).items() if "hook" in name and hasattr(value, "keys")
+    }
+    assert kinds == {*linear_module._HOOK_DICTS, "_load_state_dict_pre_hooks"}
 
 
 def test_state_dict_hooks_go_on_both_ways():
