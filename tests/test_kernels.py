@@ -85,7 +85,7 @@ class TestProject:
         q = matrix(D, R, dtype, kernel_device, scale=0.1)
         seed = torch.tensor([-(2**62) - 12345], device=kernel_device)
         config = configs.select_project(capability(kernel_device), 8, M, R, 2)
-        h = kernels.project(p, q, config, **dropout_arguments(seed), keep_scale=reference.keep_scale(DROPOUT))
+        h = kernels.project(p, q, config, **dropout_arguments(seed), scale=reference.keep_scale(DROPOUT))
         keep = eager_keep(seed, M, D, kernel_device)
         assert_as_accurate(h, (p * keep.to(dtype)) @ q, (p.double() * keep) @ q.double(), "h")
 
