@@ -23,11 +23,12 @@ from timing import (
     Timing,
     alternate,
     captured,
-    in_turn,
     input_sets,
     peak_bytes,
     saved_bytes,
 )
+
+from fastlora.tune import in_turn
 
 MIB = 2**20
 CLOCKS: dict[str, type[Clock]] = {

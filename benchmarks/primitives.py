@@ -18,10 +18,10 @@ from check import FACTOR, SLACK, Error, error
 from measure import CLOCKS, Measurement, Plan, base_row, device_works, one_line, with_times
 from problem import Problem, make_problem
 from shapes import Shape
-from timing import alternate, captured, in_turn, input_sets
+from timing import alternate, captured, input_sets
 from torch import Tensor
 
-from fastlora.tune import DROPOUT, least_read
+from fastlora.tune import DROPOUT, in_turn, least_read
 
 FLOOR = "blas"
 TRITON = "triton"

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastlora.tune import capture
+
 WARM_UP_CALLS = 3
 
 
@@ -176,17 +178,6 @@ def _estimate(function: Callable[[], object], clock: Clock) -> float:
     return min(clock.read(sample) for sample in samples)
 
 
-def in_turn(functions: Iterable[Callable[[], object]]) -> Callable[[], None]:
-    """One function that calls all of them: a rotation over input sets, none of which stays in cache."""
-    functions = tuple(functions)
-
-    def call_all() -> None:
-        for function in functions:
-            function()
-
-    return call_all
-
-
 def captured(function: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
     """The replay of a CUDA graph of ``function``, captured on ``stream``, which must also hold its forward.
 
@@ -194,19 +185,7 @@ def captured(function: Callable[[], object], stream: torch.cuda.Stream) -> Calla
     ``function`` alive: the graph reads and writes what it holds, a kept forward or an optimizer's state, at
     addresses that the allocator would give to others.
     """
-    current = torch.cuda.current_stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_CALLS):
-            function()
-    current.wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            function()
-    finally:
-        torch.cuda.set_stream(current)  # which PyTorch 2.11 leaves out where the capture fails at its end
+    graph = capture(function, stream, WARM_UP_CALLS)
 
     def replay(kept: Callable[[], object] = function) -> None:
         graph.replay()

@@ -43,12 +43,12 @@ from fastlora.surgery import (
     uses_original,
 )
 from fastlora.targets import (
-    ALL_LINEAR,
     Selector,
     adapted_layers,
     all_paths,
     check_adaptable,
     embeddings_of,
+    is_all_linear,
     is_inside,
     join_names,
     linear_names,
@@ -213,8 +213,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     targets = _find_targets(model, config)
     saved = _find_saved(model, config, targets)
     own_saved = _tensors_of(saved)
-    originals = {name: place for name, place in _wrapped(saved, "original_module").items() if name in state}
-    again = _wrapped(saved, "modules_to_save").keys()
+    originals = {k: place for k, place in _saved_places(saved, "original_module").items() if k in state}
+    again = _saved_places(saved, "modules_to_save")
     state = {name: tensor for name, tensor in state.items() if name not in again}
     # Before a tied head that is saved gets a weight of its own: its values are no longer the base's.
     base = {name: t for name, t in _base_tensors(model, targets, state).items() if name not in own_saved}
@@ -223,8 +223,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     if new.keys() | (saved.keys() - saved_modules(model).keys()):
         check_not_parallel(given, "load_adapter")
     check_adaptable(model, new, "load_adapter")
-    as_trained = {name: getattr(module, own) for name, (module, own) in originals.items()}
-    _check_tensors(config, targets, {**own_saved, **base, **as_trained}, state)
+    _check_tensors(config, targets, {**own_saved, **base, **_at(originals)}, state)
     own = {path: module.weight for path, module in targets.items()}
     check_values({**own, **own_saved}, "load_adapter")
     # What may fail to be allocated, before anything changes.
@@ -239,8 +238,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             layer.A, layer.B = resized[path]
         spec = config.layer_spec(path, layer, state)
         layer.alpha, layer.dropout = spec.alpha, spec.dropout
-    kept = {name: module._buffers.get(ORIGINAL + own) for name, (module, own) in originals.items()}
-    base.update((name, original) for name, original in kept.items() if original is not None)
+    for name, (module, own_name) in originals.items():
+        original = module._buffers.get(ORIGINAL + own_name)
+        if original is not None:
+            base[name] = original
     with torch.no_grad():
         for name, tensor in {**base, **_file_tensors(model)}.items():
             tensor.copy_(sharded_like(tensor, state[name]))
@@ -326,23 +327,22 @@ def _file_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _tensors_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Names in PEFT's file -> the tensors of modules to save."""
-    return {
-        _PREFIX + _file_path(join_names(inner, name)): tensor
-        for path, root in saved.items()
-        for inner, module in root.named_modules(prefix=path)
-        for name, tensor in saved_tensors(module)
-    }
+    return _at(_saved_places(saved))
 
 
-def _wrapped(saved: Mapping[str, nn.Module], part: str) -> dict[str, tuple[nn.Module, str]]:
-    """Names of the ``part`` of PEFT's wrapper of modules to save -> the module and its name of the tensor.
+def _at(places: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Tensor]:
+    return {name: getattr(module, own) for name, (module, own) in places.items()}
 
-    Where the vocabulary was resized, PEFT writes all that it holds of the embeddings. Of one that is a module
-    to save this is the trained tensor under three names: its own, that inside the wrapper (its own counts),
-    and its ``original_module``.
+
+def _saved_places(saved: Mapping[str, nn.Module], part: str = "") -> dict[str, tuple[nn.Module, str]]:
+    """Names in PEFT's file of the tensors of modules to save -> the module and its own name of each.
+
+    ``part``: of PEFT's wrapper. Where the vocabulary was resized, PEFT writes all that it holds of the
+    embeddings, so that one that is a module to save has its trained tensor there twice, also under
+    "modules_to_save" (PEFT reads the other), and the original one under "original_module".
     """
     return {
-        f"{_PREFIX}{_file_path(path)}.{part}.{_file_path(join_names(inner, name))}": (module, name)
+        _PREFIX + _file_path(join_names(path, part, inner, name)): (module, name)
         for path, root in saved.items()
         for inner, module in root.named_modules()
         for name, _ in saved_tensors(module)
@@ -636,7 +636,7 @@ def _safetensors() -> ModuleType:
 def _find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, Any]:
     """The modules that PEFT would adapt, under their (first) names."""
     selector = config.selector
-    if isinstance(selector.target_modules, str) and selector.target_modules.lower() == ALL_LINEAR:
+    if is_all_linear(selector.target_modules):
         names = linear_names(model, exact=False, sequence_classifier=config.task_type == "SEQ_CLS")
         selector = replace(selector, target_modules=tuple(map(_file_path, names)))
     targets = {path: module for path, name, module in _file_modules(model) if selector.covers(name)}

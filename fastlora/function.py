@@ -126,6 +126,12 @@ def shared_seed(x: Tensor) -> Tensor:
     return seed
 
 
+def as_number(value: Any) -> Any:
+    """A tensor of one element that wants no gradient as a number; anything else as it is."""
+    single = isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad
+    return float(value) if single else value
+
+
 def check_dropout(dropout: float) -> None:
     """ValueError unless ``dropout`` is a probability, TypeError unless it is a number."""
     if not isinstance(dropout, numbers.Real):
@@ -321,8 +327,7 @@ def lora_linear(
         TypeError: an argument that is no tensor or number.
         RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
     """
-    if isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.requires_grad:
-        alpha = float(alpha)
+    alpha = as_number(alpha)
     check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
     return compute(x, weight, A, B, float(alpha), bias, float(dropout), seed)
 
@@ -385,14 +390,19 @@ def plan(
         RuntimeError: inside ``use_path("triton")`` where the kernels cannot run.
     """
     check_arguments(x, weight, A, B, 1.0, bias, dropout, None)
-    problem = Problem(
-        device=describe(x.device),
-        dtype=compute_dtype(x),
-        M=x.numel() // max(x.shape[-1], 1),
+    return make_plan(problem_of(x, x.numel() // max(x.shape[-1], 1), weight, A, dropout), current_mode())
+
+
+def problem_of(like: Tensor, tokens: int, weight: Tensor, A: Tensor, dropout: float) -> Problem:
+    """What the plan depends on for an x of so many tokens, of the device and dtype of ``like``."""
+    dtype = compute_dtype(like)
+    return Problem(
+        device=describe(like.device),
+        dtype=dtype,
+        M=tokens,
         N=weight.shape[0],
         K=weight.shape[1],
-        R=B.shape[0],
+        R=A.shape[1],
         dropout=dropout > 0.0,
-        adapter_dtype=compute_dtype(x) if autocast_on(x) else A.dtype,
+        adapter_dtype=dtype if autocast_on(like) else A.dtype,
     )
-    return make_plan(problem, current_mode())

@@ -19,6 +19,7 @@ from fastlora import ops, reference
 from fastlora.function import (
     PLAIN_TENSORS,
     any_dtensor,
+    as_number,
     autocast_on,
     check_arguments,
     compute_dtype,
@@ -203,12 +204,7 @@ def lora_linear_group(
         given["biases"] = biases
     weights, As, Bs, alphas, *given_biases = _sequences(given)
     biases = given_biases[0] if given_biases else [None] * len(weights)
-    alphas = [
-        float(alpha)
-        if isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.requires_grad
-        else alpha
-        for alpha in alphas
-    ]
+    alphas = [as_number(alpha) for alpha in alphas]
     _check_branches(x, weights, As, Bs, alphas, biases, dropout, seed)
     if autocast_on(x):
         dtype = compute_dtype(x)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.function import autocast_on, check_dropout, lora_linear
+from fastlora.function import as_number, autocast_on, check_dropout, lora_linear
 
 _OWN_ATTRIBUTES = (
     "alpha",
@@ -82,8 +82,7 @@ def check_rank(rank: int) -> None:
 
 
 def check_alpha(alpha: float | Tensor) -> None:
-    if isinstance(alpha, Tensor) and alpha.numel() == 1 and not alpha.requires_grad:
-        alpha = float(alpha)
+    alpha = as_number(alpha)
     if not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a number, got {alpha!r}")
     if not math.isfinite(alpha):
@@ -222,10 +221,10 @@ class FusedLoRALinear(nn.Linear):
         return layer
 
     def reset_parameters(self) -> None:
-        """Weight and bias as ``nn.Linear`` initialises them, and the adapter; raises as its own reset."""
+        """Weight and bias as ``nn.Linear`` initialises them, and the adapter; errors as of its own."""
         adapted = "A" in self._parameters  # nn.Linear.__init__ calls this before the adapter exists.
         if adapted:
-            self._check_unmerged("reset_parameters")
+            self._check_resettable("reset_parameters")
         super().reset_parameters()
         if adapted:
             self.reset_lora_parameters()
@@ -237,11 +236,12 @@ class FusedLoRALinear(nn.Linear):
             ValueError: merged, as unmerge() could no longer take the update out of weight; inside
                 ``disable_adapter``.
         """
-        self._check_unmerged("reset_lora_parameters")
+        self._check_resettable("reset_lora_parameters")
         nn.init.zeros_(self.A)
         nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
 
-    def _check_unmerged(self, method: str) -> None:
+    def _check_resettable(self, method: str) -> None:
+        """ValueError where new values of A and B would make the weight that unmerge() gives a wrong one."""
         if self.merged:
             raise ValueError(f"{method}: the layer is merged: call unmerge() first")
         if not self.adapter_enabled:  # A merged layer holds the unmerged weight there, for a while.

@@ -775,10 +775,11 @@ def _is_direct(tensor: Tensor, mode: str) -> bool:
     Not under use_path("triton"): the dispatcher resolves negative bits and zero tensors, whose values
     Triton's interpreter would not find in memory.
     """
+    if mode != "triton" and _is_plain_cpu(tensor):
+        return True
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         flops.register_where_counted()
-        return False
-    return mode != "triton" and _is_plain_cpu(tensor)
+    return False
 
 
 def lora_forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:

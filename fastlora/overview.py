@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastlora.function import autocast_on, compute_dtype
+from fastlora.function import problem_of
 from fastlora.group import check_model, group_states
 from fastlora.linear import FusedLoRALinear
-from fastlora.planner import Problem, current_mode, describe, make_plan
+from fastlora.planner import current_mode, make_plan
 from fastlora.surgery import uses_original
 from fastlora.targets import adapted_layers, collapse, join_names, saved_modules
 
@@ -103,23 +103,12 @@ def _path_of(layer: FusedLoRALinear) -> tuple[str, str]:
         return "merged", ""
     if not layer.adapter_enabled:
         return "disabled", ""
-    return planned_path(layer.weight, layer.A, layer.training and layer.dropout > 0.0)
+    return planned_path(layer.weight, layer.A, layer.dropout if layer.training else 0.0)
 
 
-def planned_path(weight: Tensor, A: Tensor, dropout: bool) -> tuple[str, str]:
+def planned_path(weight: Tensor, A: Tensor, dropout: float) -> tuple[str, str]:
     """The path of the forward gemm of weight: (N, K) and A: (N, R) for usual tokens, and its reason."""
-    dtype = compute_dtype(weight)
-    problem = Problem(
-        device=describe(weight.device),
-        dtype=dtype,
-        M=_SUMMARY_TOKENS,
-        N=weight.shape[0],
-        K=weight.shape[1],
-        R=A.shape[1],
-        dropout=dropout,
-        adapter_dtype=dtype if autocast_on(weight) else A.dtype,
-    )
-    plan = make_plan(problem, current_mode())
+    plan = make_plan(problem_of(weight, _SUMMARY_TOKENS, weight, A, dropout), current_mode())
     return plan.path, plan.reason
 
 

@@ -184,7 +184,7 @@ def _describe(model: nn.Module) -> overview.SummaryPart | None:
             fallbacks[why] += 1
         else:
             operands = sys.modules["fastlora.peft_layer"].find_operands(layer)
-            path, reason = overview.planned_path(operands.weight, operands.A, operands.dropout > 0.0)
+            path, reason = overview.planned_path(operands.weight, operands.A, operands.dropout)
             fused += 1
         shape = f"{layer.out_features} x {layer.in_features}"
         rows.append((name, shape, ", ".join(map(str, ranks)) or "-", path))

@@ -257,11 +257,12 @@ def use_path(mode: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _mode = previous
         if eager:
             _set_thread_mode(previous)
             del _open_blocks[block]
             _mode = next(reversed(_open_blocks.values()), "auto")
+        else:
+            _mode = previous
 
 
 def _set_thread_mode(mode: str) -> None:

@@ -61,6 +61,11 @@ class Selector:
         return None
 
 
+def is_all_linear(target_modules: Any) -> bool:
+    """Whether these are PEFT's word for all linear layers but the head, however it is capitalised."""
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+
+
 def matches(names: str | Iterable[str], path: str) -> bool:
     """Whether a regular expression is all of ``path``, or one of several names is its last parts."""
     if isinstance(names, str):
@@ -148,7 +153,7 @@ def find_targets(model: nn.Module, target_modules: str | Iterable[str], saved: S
         )
     modules = dict(model.named_modules())
     roots = [*(modules[path] for path in saved), *saved_modules(model).values()]
-    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+    if is_all_linear(target_modules):
         within = _modules_inside(roots)
         targets = [path for path in linear_names(model) if modules[path] not in within]
         of_peft = [path for path, module in modules.items() if path and hasattr(module, "get_base_layer")]

@@ -33,7 +33,7 @@ from fastlora.adapters import config_from
 from fastlora.kernels import configs
 from fastlora.measured import OK, Row
 from fastlora.planner import Device, Problem, Step
-from fastlora.targets import ALL_LINEAR, linear_names
+from fastlora.targets import is_all_linear, linear_names
 
 # The (out, in) features of common 7B to 13B decoders, training and decoding.
 FEATURES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
@@ -443,7 +443,7 @@ def time_on_gpu(
     A graph holds one call for each input set, so Python's own time is left out and the inputs come from
     memory; in every round each path has one sample of about ``sample`` seconds, in an order drawn anew.
     """
-    graphs = {name: _captured(calls) for name, calls in functions.items()}
+    graphs = {name: capture(in_turn(calls), torch.cuda.Stream()) for name, calls in functions.items()}
     repeats = {}
     for name, graph in graphs.items():
         graph.replay()
@@ -458,19 +458,32 @@ def time_on_gpu(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+def in_turn(functions: Iterable[Callable[[], object]]) -> Callable[[], None]:
+    """One function that calls all of them: a rotation over input sets, none of which stays in cache."""
+    functions = tuple(functions)
+
+    def call_all() -> None:
+        for function in functions:
+            function()
+
+    return call_all
+
+
+def capture(
+    function: Callable[[], object], stream: torch.cuda.Stream, warm_up: int = 1
+) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``function``, captured on ``stream`` after warming up; what it reads must live on."""
+    current = torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        for call in calls:
-            call()
+        for _ in range(warm_up):
+            function()
     current.wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
+            function()
     finally:
         torch.cuda.set_stream(current)  # which PyTorch 2.11 leaves out where the capture fails at its end
     return graph
@@ -540,7 +553,7 @@ def _configured_layers(path: Path) -> set[tuple[int, int, int | None]]:
         raise ValueError(f"{path}: base_model_name_or_path={base!r}, expected a name")
     model, selector = _meta_model(base), config.selector
     sizes = _linear_features(model)
-    if isinstance(selector.target_modules, str) and selector.target_modules.lower() == ALL_LINEAR:
+    if is_all_linear(selector.target_modules):
         selector = dataclasses.replace(selector, target_modules=tuple(sizes))
     layers: set[tuple[int, int, int | None]] = set()
     for own, (n, k) in sizes.items():

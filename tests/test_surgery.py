@@ -1282,7 +1282,7 @@ class TestSummary:
 
     def test_the_adapters_dtype_counts(self, monkeypatch):
         model = fastlora.apply_lora(Small().bfloat16(), ["q"], adapter_dtype=torch.float64)
-        monkeypatch.setattr(overview, "describe", lambda device: Device("cuda", "A100", 80, 108))
+        monkeypatch.setattr("fastlora.function.describe", lambda device: Device("cuda", "A100", 80, 108))
         assert "not float64" in fastlora.summary(model)
 
     def test_columns_are_aligned(self):
