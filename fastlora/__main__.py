@@ -83,7 +83,7 @@ def gpus() -> tuple[list[str], list[Device]]:
 def interpreter() -> str:
     if not planner.interpreting():
         return "interpreter  off (TRITON_INTERPRET=1 runs the kernels on CPU tensors, to test them)"
-    return "interpreter  on (TRITON_INTERPRET): use_path('triton') runs the kernels on CPU tensors, slowly"
+    return "interpreter  on (TRITON_INTERPRET): use_path('triton') runs fp16 and fp32 on CPU tensors, slowly"
 
 
 def tuned() -> str:

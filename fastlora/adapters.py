@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.atomic import replace_files
-from fastlora.function import any_dtensor, check_dropout
+from fastlora.function import any_dtensor, check_dropout, is_finite
 from fastlora.group import check_model
 from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import (
@@ -587,7 +587,7 @@ def _integer(value: object, name: str, least: int) -> int:
 
 
 def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
         raise ValueError(f"{name}: {value!r}, expected a finite number")
     return float(value)
 

@@ -111,9 +111,9 @@ _CLIPS_PARTIAL_GRADIENTS_WRONGLY = TorchVersion(torch.__version__) < "2.13"
 def with_whole_gradients(parameters: Sequence[Any]) -> list[Tensor]:
     """DTensors whose gradients have their own placements, summed over the ranks in backward already.
 
-    As they are where PyTorch clips partial gradients right itself.
+    As they are where PyTorch clips partial gradients right itself, or none are recorded.
     """
-    if not _CLIPS_PARTIAL_GRADIENTS_WRONGLY:
+    if not (_CLIPS_PARTIAL_GRADIENTS_WRONGLY and torch.is_grad_enabled()):
         return list(parameters)
     return [p.redistribute(placements=p.placements) if hasattr(p, "placements") else p for p in parameters]
 
@@ -130,6 +130,20 @@ def as_number(value: Any) -> Any:
     """A tensor of one element that wants no gradient as a number; anything else as it is."""
     single = isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad
     return float(value) if single else value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a number, an integer of any size too, is finite as a float; compiled code can trace it."""
+    return bool(abs(value) <= sys.float_info.max)
+
+
+def check_alpha(alpha: float | Tensor) -> None:
+    """ValueError unless ``alpha`` is finite as a float, TypeError unless it is a number."""
+    alpha = as_number(alpha)
+    if not isinstance(alpha, numbers.Real):
+        raise TypeError(f"alpha must be a number, got {alpha!r}")
+    if not is_finite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
 
 
 def check_dropout(dropout: float) -> None:
@@ -200,9 +214,10 @@ def needs_plain_operations() -> bool:
     torch.jit.trace records them.
     """
     # torch.compile traces torch.func's transforms into its graph, and has its own way with the others.
-    return torch._C._are_functorch_transforms_active() or (
-        not torch.compiler.is_compiling()
-        and (forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None)
+    return (
+        torch._C._are_functorch_transforms_active()
+        or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+        or reference.is_traced()
     )
 
 
@@ -278,10 +293,7 @@ def check_arguments(
             f"lora_linear: weight {tuple(weight.shape)} requires a gradient, but it is frozen in a LoRA "
             f"layer: only x, A, B and bias get gradients. {advice}"
         )
-    if not isinstance(alpha, numbers.Real):
-        raise TypeError(f"lora_linear: alpha must be a number, got {type(alpha).__name__}")
-    if alpha - alpha != 0.0:  # not finite; in a form that compiled code can trace
-        raise ValueError(f"lora_linear: alpha must be finite, got {alpha}")
+    check_alpha(alpha)
     check_dropout(dropout)
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
         raise ValueError(

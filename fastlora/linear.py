@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.function import as_number, autocast_on, check_dropout, lora_linear
+from fastlora.function import autocast_on, check_alpha, check_dropout, lora_linear
 
 _OWN_ATTRIBUTES = (
     "alpha",
@@ -79,14 +79,6 @@ def check_rank(rank: int) -> None:
         raise TypeError(f"rank must be an integer, got {rank!r}")
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-
-
-def check_alpha(alpha: float | Tensor) -> None:
-    alpha = as_number(alpha)
-    if not isinstance(alpha, numbers.Real):
-        raise TypeError(f"alpha must be a number, got {alpha!r}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be finite, got {alpha}")
 
 
 def check_adapter_dtype(dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import flops, reference
-from fastlora.kernels.configs import ALIGNED, HopperConfig, select_gemm
+from fastlora.kernels.configs import ALIGNED, HopperConfig, ProjectConfig, select_gemm
 from fastlora.planner import (
     GroupPlan,
     Plan,
@@ -320,26 +320,25 @@ def _addmm_backward(
         A, B = A.to(dtype), B.to(dtype)
     p = dy.to(adapter_dtype) if wide else dy
     thin = _is_thin(p, A.shape[1])
-    scale = alpha if drop is None else alpha * drop.scale
     dx = dA = dB = None
     if need_dx or need_dB:
-        # g carries every factor, so that dx and dB need no scaling of their own.
-        g = _scaled_mm(A.t(), p.t(), scale).t() if thin else _scaled_mm(p, A, scale)
+        # Dropout's factor comes later, as in eager PyTorch: g could overflow with it in half precision.
+        g = _scaled_mm(A.t(), p.t(), alpha).t() if thin else _scaled_mm(p, A, alpha)
         if need_dx and drop is None and _update_first(dy):
             dx = torch.mm(g, B).addmm_(dy, weight)
         elif need_dx:
             dx = torch.mm(dy, weight)
             if drop is not None:
-                dx.addcmul_(torch.mm(g, B), drop.keep())
+                dx.addcmul_(torch.mm(g, B), drop.keep(), value=drop.scale)
             elif wide:
                 dx.add_(torch.mm(g, B))
             else:
                 dx.addmm_(g, B)
         if need_dB:
-            dropped = x if drop is None else drop.kept(x)
-            dB = torch.mm(g.t(), dropped.to(g.dtype))
+            dropped = (x if drop is None else drop.kept(x)).to(g.dtype)
+            dB = torch.mm(g.t(), dropped) if drop is None else _scaled_mm(g.t(), dropped, drop.scale)
     if need_dA:
-        h = h.to(p.dtype)
+        h, scale = h.to(p.dtype), alpha if drop is None else alpha * drop.scale
         dA = _scaled_mm(h.t(), p, scale).t().contiguous() if thin else _scaled_mm(p.t(), h, scale)
     if adapter_dtype != dtype and not wide:
         dA = None if dA is None else dA.to(adapter_dtype)
@@ -352,6 +351,24 @@ def _g_and_dA(step: Step, dy: Tensor, A: Tensor, h: Tensor, alpha: float) -> tup
     from fastlora.kernels.backward import g_and_dA
 
     return g_and_dA(dy, A, h, alpha, step.config, A.dtype)
+
+
+@functools.cache
+def _check_interpreter() -> None:
+    """RuntimeError where Triton's interpreter multiplies bfloat16's bits as integers, as 3.6 to 3.9 do."""
+    from fastlora.kernels.project import project
+
+    one = torch.ones((1, 1), dtype=torch.bfloat16, device="cpu")
+    if project(one, one, ProjectConfig(16, 16, 16, num_warps=1, num_stages=1)).item() != 1.0:
+        raise RuntimeError(
+            "use_path('triton'): Triton's interpreter computes bfloat16 products wrongly (it multiplies "
+            "their bits as integers); use float16 or float32 there"
+        )
+
+
+def _check_path(path: str, device: torch.device, dtype: torch.dtype) -> None:
+    if path == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
+        _check_interpreter()
 
 
 @remembered
@@ -367,7 +384,9 @@ def _plan(
     mode: str,
 ) -> Plan:
     """The plan of a call, looked up by values that hash fast."""
-    return make_plan(Problem(describe(device), dtype, M, N, K, R, dropout, adapter_dtype), mode)
+    plan = make_plan(Problem(describe(device), dtype, M, N, K, R, dropout, adapter_dtype), mode)
+    _check_path(plan.path, device, dtype)
+    return plan
 
 
 def _dropout(dropout: float, seed: Tensor | None, rows: int, columns: int) -> _Dropout | None:
@@ -541,7 +560,9 @@ def _group_plan(
     if not (M and K and all(Ns)):
         mode = "addmm"  # No kernel takes an empty tile.
     problem = Problem(describe(device), dtype, M, sum(Ns), K, sum(Rs), dropout, adapter_dtype)
-    return make_group_plan(problem, Ns, Rs, mode)
+    plan = make_group_plan(problem, Ns, Rs, mode)
+    _check_path(plan.h.path, device, dtype)
+    return plan
 
 
 def _in_memory(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -17,6 +17,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -175,8 +176,8 @@ def _is_batched(seed: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(seed)
 
 
-def _batched_keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
-    """:func:`keep_mask` in operations that vmap has rules for: nothing in place, no view of another dtype."""
+def _functional_keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+    """:func:`keep_mask` in operations for vmap and traces: nothing in place, no view of another dtype."""
     column = torch.arange(-(-columns // COLUMNS_PER_CALL), device=seed.device).unsqueeze(0)
     row = torch.arange(rows, device=seed.device).unsqueeze(1)
     key_0, key_1 = seed.reshape(()) & _LOW32, (seed.reshape(()) >> 32) & _LOW32
@@ -254,18 +255,43 @@ def lora_linear(
 
     Returns:
         (..., N), in x's dtype.
+
+    Raises:
+        ValueError: a dropout outside [0, 1] or NaN.
     """
-    x_2d = x.reshape(-1, x.shape[-1])
-    dropped = x_2d
-    if dropout > 0.0:
-        seed = new_seed(x.device) if seed is None else seed
-        if _is_batched(seed):
-            keep = _batched_keep_mask(seed, x_2d.shape[0], x_2d.shape[1], dropout)
-        else:
-            keep = _beside(x_2d, shared_keep_mask(seed, x_2d.shape[0], x_2d.shape[1], dropout))
-        dropped = torch.where(keep, x_2d * keep_scale(dropout), x_2d.new_zeros(()))
-    h = project(dropped, B.t())
-    return gemm(x_2d, weight.t(), h, A.t(), alpha, bias).reshape(*x.shape[:-1], weight.shape[0])
+    return _lora_linear(x, _drop(x, dropout, seed), weight, A, B, alpha, bias)
+
+
+def _lora_linear(
+    x: Tensor, dropped: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float, bias: Tensor | None
+) -> Tensor:
+    """:func:`lora_linear` of x and drop(x). By F.linear, as inference mode has no transposed DTensors."""
+    dtype = torch.promote_types(x.dtype, A.dtype)
+    update = F.linear(F.linear(dropped.to(dtype), B.to(dtype)), A.to(dtype))
+    return torch.add(F.linear(x, weight, bias), update, alpha=alpha).to(x.dtype)
+
+
+def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """drop(x) for x: (..., K); x itself without dropout."""
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+    if dropout == 0.0:
+        return x
+    if seed is None and is_traced():
+        return F.dropout(x, dropout)  # what a trace would hold of a seed is the one mask that it drew
+    seed = new_seed(x.device) if seed is None else seed
+    columns = x.shape[-1]
+    if _is_batched(seed) or is_traced():
+        rows = x.reshape(-1, columns).shape[0]  # in a form that a trace records
+        keep = _functional_keep_mask(seed, rows, columns, dropout)
+    else:
+        keep = _beside(x, shared_keep_mask(seed, x.shape[:-1].numel(), columns, dropout))
+    return torch.where(keep.reshape(x.shape), x * keep_scale(dropout), x.new_zeros(()))
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records this call."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def _beside(x: Tensor, keep: Tensor) -> Tensor:
@@ -298,11 +324,10 @@ def lora_linear_group(
     Returns:
         (..., N_i) for each branch, in x's dtype.
     """
-    if dropout > 0.0 and seed is None:
-        seed = new_seed(x.device)
+    dropped = _drop(x, dropout, seed)
     biases = [None] * len(weights) if biases is None else biases
     return tuple(
-        lora_linear(x, weight, A, B, alpha, bias, dropout, seed)
+        _lora_linear(x, dropped, weight, A, B, alpha, bias)
         for weight, A, B, alpha, bias in zip(weights, As, Bs, alphas, biases, strict=True)
     )
 

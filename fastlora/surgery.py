@@ -21,15 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastlora.function import any_dtensor, check_dropout
+from fastlora.function import any_dtensor, check_alpha, check_dropout
 from fastlora.group import check_model, ungroup_projections
-from fastlora.linear import (
-    FusedLoRALinear,
-    _keep_fast_path_off,
-    check_adapter_dtype,
-    check_alpha,
-    check_rank,
-)
+from fastlora.linear import FusedLoRALinear, _keep_fast_path_off, check_adapter_dtype, check_rank
 from fastlora.targets import (
     adapted_layers,
     checked_names,

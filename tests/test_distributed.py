@@ -101,6 +101,11 @@ class TestTensorParallel:
     def test_sequence_parallel(self, pair, dropout):
         pair.run(workers.sequence_parallel, dropout)
 
+    @pytest.mark.parametrize("sequence", [False, True])
+    @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+    def test_inference(self, pair, mode, sequence):
+        pair.run(workers.tensor_parallel_inference, mode, sequence)
+
     def test_full_state_dict(self, pair):
         pair.run(workers.tensor_parallel_state_dict)
 

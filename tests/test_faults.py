@@ -87,6 +87,20 @@ class TestNonFinite:
         assert torch.equal(ours.y.isnan(), most.y.isnan())
 
     @every_run
+    def test_dropout_does_not_overflow_g(self, run):
+        """dy @ A fits float16 and, times 1 / (1 - p), does not; eager PyTorch never stores that."""
+        case = tensors(40, 24, 70, 4, torch.float16, device=run.device)
+        case.A.fill_(1.0)
+        case.dy.fill_(45000 / 24)
+        case.x, case.B = case.x * 1e-4, case.B * 1e-2
+        seed = torch.tensor([12], device=run.device)
+        ours = differentiate(fused(1.0, 0.5, seed, run.path), case)
+        theirs = differentiate(eager(1.0, keep_factors(seed, case, 0.5)), case)
+        for name in ("x", "A", "B"):
+            assert getattr(theirs, name).isfinite().all(), name
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-2, atol=0.5)
+
+    @every_run
     def test_one_bad_token_stays_alone(self, run):
         """A NaN in one token changes no other token's output or dx, bit for bit."""
         case = tensors(70, 24, 66, 5, torch.float16, device=run.device)

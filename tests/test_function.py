@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
+from fastlora import reference
 
 NAMES = ("y", "x", "A", "B", "bias")
 # (M, N, K, R): one token, odd sizes, padded ranks, ranks above the other sizes.
@@ -759,7 +760,8 @@ BAD = [
     ({"dropout": None}, TypeError, ["dropout", "None"]),
     ({"alpha": float("nan")}, ValueError, ["alpha", "nan"]),
     ({"alpha": float("-inf")}, ValueError, ["alpha", "-inf"]),
-    ({"alpha": "1"}, TypeError, ["alpha", "str"]),
+    ({"alpha": 10**400}, ValueError, ["alpha", "finite"]),
+    ({"alpha": "1"}, TypeError, ["alpha", "'1'"]),
     ({"alpha": None}, TypeError, ["alpha", "None"]),
     ({"x": [[1.0] * 8]}, TypeError, ["x", "list"]),
     ({"weight": None}, TypeError, ["weight", "None"]),
@@ -844,6 +846,40 @@ def test_jit_trace_records_plain_operations():
     traced = torch.jit.trace(layer, x)
     assert "^_LoRALinear" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x + 1), layer(x + 1))
+
+
+class TestJitTraceOfDropout:
+    """A trace holds no mask as a constant, which would drop the same elements for good."""
+
+    eye, zeros = torch.eye(8), torch.zeros(8, 8)
+
+    def test_draws_a_mask_at_every_call(self):
+        def function(x):
+            return fastlora.lora_linear(x, self.zeros, self.eye, self.eye, 1.0, None, 0.5)
+
+        traced = torch.jit.trace(function, torch.ones(3, 8), check_trace=False)
+        first, second = traced(torch.ones(40, 8)), traced(torch.ones(40, 8))
+        assert set(first.unique().tolist()) == {0.0, 2.0}
+        assert not torch.equal(first, second)
+
+    def test_a_group_draws_one(self):
+        def function(x):
+            twice = [self.eye] * 2
+            return fastlora.lora_linear_group(x, [self.zeros] * 2, twice, twice, [1.0] * 2, None, 0.5)
+
+        first, second = torch.jit.trace(function, torch.ones(3, 8), check_trace=False)(torch.ones(40, 8))
+        assert torch.equal(first, second)
+        assert set(first.unique().tolist()) == {0.0, 2.0}
+
+    @pytest.mark.parametrize(("rows", "number"), [(3, 5), (9, -6)])
+    def test_a_given_seed_is_an_input(self, rows, number):
+        def function(x, seed):
+            return fastlora.lora_linear(x, self.zeros, self.eye, self.eye, 1.0, None, 0.5, seed)
+
+        traced = torch.jit.trace(function, (torch.ones(4, 8), torch.tensor([5])))
+        seed = torch.tensor([number])
+        keep = reference.keep_mask(seed, rows, 8, 0.5)
+        assert torch.equal(traced(torch.ones(rows, 8), seed), keep * 2.0)
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])

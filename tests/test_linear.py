@@ -492,6 +492,7 @@ BAD_ARGUMENTS = [
     ({"rank": None}, TypeError, "rank.*None"),
     ({"alpha": float("nan")}, ValueError, "alpha.*nan"),
     ({"alpha": float("-inf")}, ValueError, "alpha.*-inf"),
+    ({"alpha": 10**400}, ValueError, "alpha must be finite"),
     ({"alpha": "1"}, TypeError, "alpha.*'1'"),
     ({"alpha": None}, TypeError, "alpha.*None"),
     ({"dropout": -0.1}, ValueError, r"dropout.*-0\.1"),

@@ -451,6 +451,30 @@ class TestPublicPlan:
         )
         assert result.stdout.count("TRITON_INTERPRET") == 2
 
+    @pytest.mark.skipif(CUDA, reason="no interpreter in the environment of the GPU tests")
+    def test_the_interpreters_bfloat16_is_refused(self):
+        """In a process without this suite's repair of it, whose results would be garbage."""
+        code = (
+            "import torch, fastlora\n"
+            "tensors = torch.ones(2, 4), torch.ones(3, 4), torch.ones(3, 1), torch.ones(1, 4)\n"
+            "for dtype in (torch.float16, torch.float32, torch.bfloat16):\n"
+            "    x, W, A, B = (t.to(dtype) for t in tensors)\n"
+            "    with fastlora.use_path('triton'):\n"
+            "        for _ in range(2):\n"
+            "            try: print((fastlora.lora_linear(x, W, A, B) == 8).all().item())\n"
+            "            except RuntimeError as error: print(error)\n"
+            "        try:\n"
+            "            ys = fastlora.lora_linear_group(x, [W, W], [A, A], [B, B], [1, 1])\n"
+            "            print((ys[0] == 8).all().item())\n"
+            "        except RuntimeError as error: print(error)\n"
+        )
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert result.stdout.split("\n")[:6] == ["True"] * 6
+        assert result.stdout.count("interpreter computes bfloat16 products wrongly") == 3
+
 
 class TestUsePath:
     def test_nested_and_restored(self):

@@ -76,6 +76,14 @@ class TestFormula:
         ours = differentiate(oracle(), case)
         assert (ours.A.double() - truth.A).abs().max() < 1e-4
 
+    @pytest.mark.parametrize("dropout", [-0.1, 1.5, float("nan")])
+    def test_no_probability(self, dropout):
+        case = tensors(3, 6, 5, 2)
+        with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\], got {dropout}"):
+            reference.lora_linear(case.x, case.weight, case.A, case.B, dropout=dropout)
+        with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\], got {dropout}"):
+            reference.lora_linear_group(case.x, [case.weight], [case.A], [case.B], [1.0], dropout=dropout)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_primitives(self, dtype):
         p, q = torch.randn(9, 20).to(dtype), torch.randn(20, 7)

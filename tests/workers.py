@@ -432,6 +432,15 @@ def tensor_parallel(rank, dtype, adapter_dtype, dropout, lora_rank, recompute):
         assert_same(net, single, "after training", **tolerance)
 
 
+def tensor_parallel_inference(rank, mode, sequence):
+    net, single = _parallel(model(), sequence=sequence), model()
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
+    with getattr(torch, mode)():
+        y, z = net(x.chunk(WORLD, 1)[rank] if sequence else x), single(x)
+    y = whole(y)
+    torch.testing.assert_close(y, z.chunk(WORLD, 1)[rank] if sequence else z, rtol=1e-4, atol=1e-5)
+
+
 def sequence_parallel(rank, dropout):
     net, single = _parallel(model(dropout=dropout), sequence=True), model(dropout=dropout)
     x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
