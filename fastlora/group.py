@@ -249,8 +249,19 @@ def _fused(
     mode = current_mode()
     tensors = (*weights, *As, *Bs, *biases)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
         return _apply(x, dropout, seed, mode, alphas, *tensors)[:-1]
     return ops.group_forward(x, weights, As, Bs, biases, alphas, dropout, seed, mode)[:-1]
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors, a repeated one (a B that branches share) as a view: dynamo takes none twice."""
+    distinct: list[Tensor | None] = []
+    for t in tensors:
+        repeated = t is not None and any(t is other for other in distinct)
+        distinct.append(t.view_as(t) if repeated else t)
+    return distinct
 
 
 class _Call:

@@ -308,6 +308,24 @@ class TestModule:
         assert_same_run(run_and_backward(net, net, x), theirs)
         assert graphs() == 1
 
+    @pytest.mark.parametrize("shared", ["weight", "A", "B"])
+    def test_branches_of_a_group_share_a_tensor(self, shared):
+        """A down-projection for several up-projections is a form of LoRA of its own."""
+        first, second = (tensors(5, 6, 8, 2) for _ in range(2))
+        setattr(second, shared, getattr(first, shared))
+        leaves = [t.requires_grad_() for t in (first.x, first.A, first.B)]
+
+        def function(x):
+            lists = ([getattr(case, name) for case in (first, second)] for name in ("weight", "A", "B"))
+            return fastlora.lora_linear_group(x, *lists, [1.0, 2.0])
+
+        results = []
+        for call in (function, compiled(function)):
+            ys = call(first.x)
+            results.append((*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)))
+        for plain, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, plain)
+
     def test_regional_compilation_of_groups(self):
         """More blocks than a function is compiled for: their hooks must not tell them apart."""
         depth = torch._dynamo.config.recompile_limit + 2
