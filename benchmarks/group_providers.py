@@ -82,8 +82,9 @@ class GroupProblem:
         return joined([branch.eager(dtype, form, keep) for branch in self.branches])
 
     def path(self, name: str, adapter_dtype: torch.dtype) -> str:
+        from fastlora.device import describe
         from fastlora.planner import Problem as Planned
-        from fastlora.planner import describe, make_group_plan
+        from fastlora.planner import make_group_plan
 
         if name == SEPARATE:
             return "/".join(dict.fromkeys(branch.path(name, adapter_dtype) for branch in self.branches))

@@ -56,7 +56,8 @@ def products(
     ``with_hopper``: the warp-specialised loop beside the classic one, on sm_90. ``tiles``: the configurations
     of each kernel, in place of all that is measured otherwise.
     """
-    from fastlora import reference
+    from fastlora import masks, reference
+    from fastlora.device import describe
     from fastlora.kernels.backward import g_and_dA
     from fastlora.kernels.configs import select_update
     from fastlora.kernels.gemm import gemm
@@ -65,7 +66,7 @@ def products(
     from fastlora.kernels.token_sum import token_sum
     from fastlora.kernels.update import add_update
     from fastlora.planner import Problem as Planned
-    from fastlora.planner import backward_config, describe, kernel_step, make_plan, small_config
+    from fastlora.planner import backward_config, kernel_step, make_plan, small_config
 
     p, s = problem, problem.shape
     planned = Planned(describe(p.device), p.dtype, s.M, s.N, s.K, s.R)
@@ -148,7 +149,7 @@ def products(
         one = kernel_step(replace(planned, dropout=True), "dx").config
         update = select_update(s.R)
         seed = torch.zeros(1, dtype=torch.int64, device=p.dy.device)
-        threshold, scale = reference.keep_threshold(DROPOUT), p.alpha * reference.keep_scale(DROPOUT)
+        threshold, scale = masks.keep_threshold(DROPOUT), p.alpha * masks.keep_scale(DROPOUT)
         kernels = {
             TRITON: lambda: gemm(p.dy, p.weight, g, p.B, scale, one, None, seed, threshold),
             BLAS_AND_UPDATE: lambda: add_update(

@@ -28,6 +28,7 @@ from results import OK, Row  # noqa: E402
 from shapes import Shape  # noqa: E402
 
 from fastlora import planner  # noqa: E402
+from fastlora.device import describe  # noqa: E402
 from fastlora.kernels import configs  # noqa: E402
 
 # Seconds that the processes may take for the candidates of one product and shape.
@@ -132,7 +133,7 @@ def measure_tiles(
     ``most``: candidates to try, all if None; the shipped one is the first. ``beside``: have them checked by
     other processes first.
     """
-    capability = planner.describe(plan.device).capability or configs.MIN_CAPABILITY
+    capability = describe(plan.device).tile_capability
     wrong: dict[str, str] = {}
 
     def tiles(name: str, shipped: configs.Config) -> Mapping[str, configs.Config]:
@@ -210,7 +211,7 @@ def _checked(
 
 def _share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -> dict[str, configs.Config]:
     """Every ``parts``-th candidate, from ``part`` on."""
-    device = planner.describe(plan.device)
+    device = describe(plan.device)
     problem = planner.Problem(device, plan.dtype, shape.M, shape.N, shape.K, shape.R)
     if product == "forward":
         shipped = planner.small_config(problem)
@@ -220,7 +221,7 @@ def _share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -> dic
         shipped = planner.kernel_step(problem, product).config
     if shipped is None:
         return {}
-    named = candidates(shipped, device.capability or configs.MIN_CAPABILITY)
+    named = candidates(shipped, device.tile_capability)
     return dict(itertools.islice(named.items(), part, None, parts))
 
 

@@ -13,8 +13,8 @@ from fastlora.function import lora_linear, plan
 from fastlora.group import group_projections, lora_linear_group, ungroup_projections
 from fastlora.linear import FusedLoRALinear
 from fastlora.overview import summary
+from fastlora.paths import use_path
 from fastlora.peft import fuse_peft, unfuse_peft
-from fastlora.planner import use_path
 from fastlora.surgery import (
     adapter_state_dict,
     apply_lora,

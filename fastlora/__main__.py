@@ -16,7 +16,8 @@ import torch
 
 import fastlora
 from fastlora import measured, planner
-from fastlora.planner import Device, Plan, Problem
+from fastlora.device import Device, describe
+from fastlora.planner import Plan, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOKENS = (4096, 1)  # training, and decoding one token
@@ -69,7 +70,7 @@ def gpus() -> tuple[list[str], list[Device]]:
     lines, devices = [], []
     for index in range(torch.cuda.device_count()):
         try:
-            device = planner.describe(torch.device("cuda", index))
+            device = describe(torch.device("cuda", index))
         except RuntimeError as error:
             lines.append(f"GPU {index:<9}does not answer: {str(error).splitlines()[0]}")
             continue

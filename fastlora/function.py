@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
-from fastlora import ops, reference
-from fastlora.planner import Plan, Problem, current_mode, describe, make_plan
+from fastlora import masks, ops, reference
+from fastlora.device import describe
+from fastlora.paths import current_mode
+from fastlora.planner import Plan, Problem, make_plan
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -120,7 +122,7 @@ def with_whole_gradients(parameters: Sequence[Any]) -> list[Tensor]:
 
 def shared_seed(x: Tensor) -> Tensor:
     """A dropout seed that all ranks of a DTensor's mesh agree on, however their generators stand."""
-    seed = reference.new_seed(x.device)
+    seed = masks.new_seed(x.device)
     for group in x.device_mesh.get_all_groups() if hasattr(x, "device_mesh") else ():
         torch.distributed.broadcast(seed, group=group, group_src=0)
     return seed
@@ -375,7 +377,7 @@ def compute(
         seed = None
     elif seed is None:
         # Drawn outside the operator, so that checkpointing recomputes with the same seed.
-        seed = reference.new_seed(x.device)
+        seed = masks.new_seed(x.device)
     arguments = (x, weight, A, B, bias, alpha, dropout, seed, current_mode())
     if torch.is_grad_enabled() and (
         x.requires_grad or A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import ops, reference
+from fastlora import masks, ops, reference
 from fastlora.function import (
     PLAIN_TENSORS,
     any_dtensor,
@@ -29,7 +29,7 @@ from fastlora.function import (
     with_whole_gradients,
 )
 from fastlora.kernels.configs import MAX_BRANCHES, MAX_RANK
-from fastlora.planner import current_mode
+from fastlora.paths import current_mode
 
 # Children of one parent that are called with the same tensor.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -224,7 +224,7 @@ def lora_linear_group(
         seed = None
     elif seed is None:
         # Drawn outside the operator, so that checkpointing recomputes with the same seed.
-        seed = reference.new_seed(x.device)
+        seed = masks.new_seed(x.device)
     results: list[Tensor] = []
     for chunk in _chunks([B.shape[0] for B in Bs]):
         parts = (weights[chunk], As[chunk], Bs[chunk], alphas[chunk], biases[chunk])
@@ -250,18 +250,19 @@ def _fused(
     tensors = (*weights, *As, *Bs, *biases)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         if torch.compiler.is_compiling():
-            tensors = _distinct(tensors)
+            tensors = _distinct(tensors)  # dynamo takes no tensor twice
         return _apply(x, dropout, seed, mode, alphas, *tensors)[:-1]
     return ops.group_forward(x, weights, As, Bs, biases, alphas, dropout, seed, mode)[:-1]
 
 
-def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The tensors, a repeated one (a B that branches share) as a view: dynamo takes none twice."""
+def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The tensors, with a view in the place of one that came before, such as a B that branches share."""
     distinct: list[Tensor | None] = []
     for t in tensors:
-        repeated = t is not None and any(t is other for other in distinct)
-        distinct.append(t.view_as(t) if repeated else t)
-    return distinct
+        if t is not None and any(t is other for other in distinct):
+            t = t.view_as(t)
+        distinct.append(t)
+    return tuple(distinct)
 
 
 class _Call:

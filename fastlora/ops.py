@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import flops, reference
+from fastlora import flops, masks, reference
+from fastlora.device import describe
 from fastlora.kernels.configs import ALIGNED, HopperConfig, ProjectConfig, select_gemm
+from fastlora.paths import current_mode
 from fastlora.planner import (
     GroupPlan,
     Plan,
     Problem,
     Step,
-    current_mode,
-    describe,
     make_group_plan,
     make_plan,
     remembered,
@@ -74,15 +74,15 @@ class _Dropout:
     def __init__(self, seed: Tensor, probability: float, rows: int, columns: int) -> None:
         self.seed = seed
         self.probability = probability
-        self.threshold = reference.keep_threshold(probability)
-        self.scale = reference.keep_scale(probability)
+        self.threshold = masks.keep_threshold(probability)
+        self.scale = masks.keep_scale(probability)
         self._shape = (rows, columns)
         self._keep = seed if seed.dtype.is_floating_point else None
 
     def keep(self) -> Tensor:
         """(rows, columns) of bool, or of 0 and 1; not to be changed."""
         if self._keep is None:
-            self._keep = reference.shared_keep_mask(self.seed, *self._shape, self.probability)
+            self._keep = masks.shared_keep_mask(self.seed, *self._shape, self.probability)
         return self._keep
 
     def kept(self, p: Tensor) -> Tensor:
@@ -366,8 +366,9 @@ def _check_interpreter() -> None:
         )
 
 
-def _check_path(path: str, device: torch.device, dtype: torch.dtype) -> None:
-    if path == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
+def _check_path(path: str, problem: Problem) -> None:
+    """RuntimeError for a path that is known to compute the problem wrongly."""
+    if path == "triton" and problem.device.kind == "cpu" and problem.dtype == torch.bfloat16:
         _check_interpreter()
 
 
@@ -384,8 +385,9 @@ def _plan(
     mode: str,
 ) -> Plan:
     """The plan of a call, looked up by values that hash fast."""
-    plan = make_plan(Problem(describe(device), dtype, M, N, K, R, dropout, adapter_dtype), mode)
-    _check_path(plan.path, device, dtype)
+    problem = Problem(describe(device), dtype, M, N, K, R, dropout, adapter_dtype)
+    plan = make_plan(problem, mode)
+    _check_path(plan.path, problem)
     return plan
 
 
@@ -561,7 +563,7 @@ def _group_plan(
         mode = "addmm"  # No kernel takes an empty tile.
     problem = Problem(describe(device), dtype, M, sum(Ns), K, sum(Rs), dropout, adapter_dtype)
     plan = make_group_plan(problem, Ns, Rs, mode)
-    _check_path(plan.h.path, device, dtype)
+    _check_path(plan.h.path, problem)
     return plan
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fastlora.function import problem_of
 from fastlora.group import check_model, group_states
 from fastlora.linear import FusedLoRALinear
-from fastlora.planner import current_mode, make_plan
+from fastlora.paths import current_mode
+from fastlora.planner import make_plan
 from fastlora.surgery import uses_original
 from fastlora.targets import adapted_layers, collapse, join_names, saved_modules
 

@@ -9,99 +9,33 @@ tested without a GPU.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import importlib.util
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastlora import measured
+from fastlora.device import Device
 from fastlora.kernels import configs
+from fastlora.roofline import LAUNCH, estimate, estimate_small, roofline_of
 
-PATHS = ("triton", "addmm", "reference")
-MODES = ("auto", *PATHS)
 _HALF = (torch.float16, torch.bfloat16)
 # The products that dropout changes.
 DROPPED = ("h", "dx", "dB")
 # Full-precision inputs have no tensor-core path worth choosing, but the kernels compute them when asked.
 _KERNEL_DTYPES = (*_HALF, torch.float32)
 
-# The mode of the newest open block of any thread: what compiled code is guarded on.
-_mode = "auto"
-# The mode of each open block of any thread, the newest last. A thread's own mode lies in PyTorch's
-# thread-local state, which autograd's threads take over from the one that calls backward(), so that
-# checkpoints recompute on its path.
-_open_blocks: dict[object, str] = {}
-_MODE_KEY = "fastlora.mode"
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the planner knows of a device. ``capability``: 10 * major + minor, 0 where there is none.
-
-    ``bandwidth``: bytes a second of its memory, by the clock and width of the bus; 0 where they are unknown.
-    """
-
-    kind: str
-    name: str = ""
-    capability: int = 0
-    sms: int = 0
-    rocm: bool = False
-    bandwidth: float = 0.0
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """Rates of a GPU of ``sms`` multiprocessors, and the share of cuBLAS's that the classic loop reaches.
-
-    ``tile``: seconds of each tile of C in which no product is under way, for what comes before and after the
-    loop; 0 where a second program on the multiprocessor hides it.
-    """
-
-    flops: float
-    bytes: float
-    loop_efficiency: float
-    sms: int
-    tile: float = 0.0
-
-
-# Dense bf16 operations and bytes a second. 90: measured on an H200 (large torch.mm, device copy); the others
-# are the vendor's data sheets: A100 SXM, A40, L40S, B200, RTX 5090. The efficiencies and the seconds a tile
-# are estimates, until rows are measured; 0 means that the architecture needs a main loop of its own first.
-ROOFLINES = {
-    80: Roofline(312e12, 2.0e12, 0.95, 108),
-    86: Roofline(150e12, 0.70e12, 0.95, 84),
-    89: Roofline(362e12, 0.86e12, 0.95, 142),
-    90: Roofline(790e12, 4.3e12, 0.92, 132, 3e-6),
-    100: Roofline(2250e12, 8.0e12, 0.0, 148),
-    120: Roofline(210e12, 1.79e12, 0.0, 170),
-}
-# GeForce cards of these architectures sum products in fp32 at half the rate.
-_GEFORCE_HALVES = (86, 89)
-# What large copies reach of a memory's nominal rate: 4.3 of 4.9 TB/s on an H200, 3.0 of 3.35 on an H100.
-_COPY_SHARE = 0.88
-# Share of the memory's rate that a skinny product reaches, and one kernel's launch in seconds: estimates.
-_TRITON_SKINNY, _CUBLAS_SKINNY = 0.85, 0.60
-_LAUNCH = 4e-6
 # By how much a launch of ours has to be ahead of the BLAS call in an estimate: Triton's dispatch takes the
 # host some 10 us more, for which the GPU waits where a layer is short.
 _MARGIN = 2e-6
 # Triton releases under which the Gluon kernel compiles (Gluon's names change), and the fewest tokens for it.
 _HOPPER_TRITON = tuple(f"{version}{measured.HOPPER}" for version in ("3.6", "3.7", "3.8", "3.9"))
 _HOPPER_TOKENS = 128
-# The mask of dropout: integer instructions an element, and how many of them a multiprocessor does a second.
-_MASK, _INTEGER_RATE = 10, 64 * 1.5e9
-# The share of the loop's rate that is left beside the mask, whose registers the widest tiles lack.
-_MASKED_LOOP = 0.9
-# How much faster than memory the L2 cache is at the least: an estimate, for what every program reads again.
-_L2 = 1.3
 
 
 @dataclass(frozen=True)
@@ -232,74 +166,6 @@ class Problem:
         return (self.adapter_dtype or self.dtype).itemsize
 
 
-@contextmanager
-def use_path(mode: str) -> Iterator[None]:
-    """Run every layer inside the block on one path; for tests and benchmarks.
-
-    Other threads stay on their own path; compiled code alone follows the newest block of any thread.
-
-    Args:
-        mode: "auto" (the planner chooses), "triton", "addmm" or "reference". A forward pass remembers the
-            mode for its own backward pass.
-
-    Raises:
-        ValueError: unknown mode. A layer that cannot run on the path raises RuntimeError when it is called.
-    """
-    global _mode
-    if mode not in MODES:
-        raise ValueError(f"use_path: unknown path {mode!r}, expected one of {', '.join(map(repr, MODES))}")
-    previous, _mode = current_mode(), mode
-    eager = not torch.compiler.is_compiling()
-    if eager:
-        block = object()
-        _open_blocks[block] = mode
-        _set_thread_mode(mode)
-    try:
-        yield
-    finally:
-        if eager:
-            _set_thread_mode(previous)
-            del _open_blocks[block]
-            _mode = next(reversed(_open_blocks.values()), "auto")
-        else:
-            _mode = previous
-
-
-def _set_thread_mode(mode: str) -> None:
-    if not _stash_counts_references():
-        _keep_for_stash(mode)
-    torch._C._stash_obj_in_tls(_MODE_KEY, mode)
-
-
-@functools.cache
-def _stash_counts_references() -> bool:
-    """Whether PyTorch counts the reference that its thread-local state holds.
-
-    PyTorch 2.11 does not, but drops one when the object is replaced: some calls later the process crashes.
-    """
-    probe = object()
-    before = sys.getrefcount(probe)
-    torch._C._stash_obj_in_tls("fastlora.probe", probe)
-    counts = sys.getrefcount(probe) > before
-    if not counts:
-        _keep_for_stash(probe)
-    return counts
-
-
-def _keep_for_stash(value: object) -> None:
-    """Count the reference that the thread-local state will drop."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
-
-
-def current_mode() -> str:
-    """The mode that this thread's innermost :func:`use_path` has set."""
-    if torch.compiler.is_compiling():
-        return _mode
-    if not _open_blocks or not torch._C._is_key_in_tls(_MODE_KEY):
-        return "auto"
-    return torch._C._get_obj_in_tls(_MODE_KEY)
-
-
 def interpreting() -> bool:
     """Whether this process runs Triton kernels in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -309,29 +175,6 @@ def interpreting() -> bool:
 def has_triton() -> bool:
     """Whether the triton package is installed (it is not imported)."""
     return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def describe(device: torch.device) -> Device:
-    """What the planner needs to know of a torch device; asks the driver once for each GPU."""
-    if device.type != "cuda":
-        return Device(kind=device.type)
-    properties = torch.cuda.get_device_properties(device)
-    return Device(
-        kind="cuda",
-        name=properties.name,
-        capability=10 * properties.major + properties.minor,
-        sms=properties.multi_processor_count,
-        rocm=torch.version.hip is not None,
-        bandwidth=_bandwidth(properties),
-    )
-
-
-def _bandwidth(properties) -> float:
-    """Bytes a second of a memory that transfers twice a clock; 0 where the driver gives nothing credible."""
-    kilohertz, bits = (getattr(properties, f"memory_{name}", 0) for name in ("clock_rate", "bus_width"))
-    rate = 2e3 * kilohertz * bits / 8
-    return rate if 1e11 < rate < 5e13 else 0.0
 
 
 def why_not_triton(problem: Problem) -> str | None:
@@ -425,19 +268,18 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
     # No kernel is looked for that cannot run: of float64, say, none fits.
     if not (chosen or dx.path == "triton") or kernel_step(p, "dx").config is None:
         return dx
-    capability = p.device.capability or configs.MIN_CAPABILITY
-    config = configs.select_gemm(capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
+    config = configs.select_gemm(p.device.tile_capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
     if chosen and any(size % configs.ALIGNED for size in (p.K, *Ns)):
         return _blas_step(p, "dx", f"K={p.K}, N={', '.join(map(str, Ns))}: {_SLOW}")
     if dx.path == "triton":
         return dataclasses.replace(dx, config=config)
-    loop = _loop(p)
+    loop = roofline_of(p.device)
     measured_otherwise = _find(p, "dx") or "triton" in measured.failed(**_key(p, "dx"))
     if measured_otherwise or not loop.loop_efficiency:
         return dx
     triton, addmm = _times(p, "dx", config)
     # Each further branch of the chain reads dx again and is another launch.
-    addmm += (len(Ns) - 1) * (2 * p.M * p.K / loop.bytes + _LAUNCH)
+    addmm += (len(Ns) - 1) * (2 * p.M * p.K / loop.bytes + LAUNCH)
     reason = f"{_estimated(p)}: triton {triton * 1e6:.1f} us, addmm {addmm * 1e6:.1f} us"
     return Step(dx.primitive, "triton", config, reason) if triton <= addmm else _blas_step(p, "dx", reason)
 
@@ -474,8 +316,9 @@ def small_config(problem: Problem) -> configs.SmallConfig | None:
     if problem.dropout or not (0 < problem.M <= configs.SMALL_ROWS and problem.N and problem.K):
         return None
     p, device = problem, problem.device
-    capability = device.capability or configs.MIN_CAPABILITY
-    return configs.select_small(capability, device.sms or 8, p.N, p.R, p.dtype.itemsize, p.adapter_itemsize)
+    return configs.select_small(
+        device.tile_capability, device.tile_sms, p.N, p.R, p.dtype.itemsize, p.adapter_itemsize
+    )
 
 
 def _in_one_launch(steps: dict[str, Step], config: configs.SmallConfig, reason: str) -> dict[str, Step]:
@@ -486,9 +329,8 @@ def _in_one_launch(steps: dict[str, Step], config: configs.SmallConfig, reason: 
 def backward_config(problem: Problem) -> configs.BackwardConfig:
     """The configuration of the kernel that makes g and dA in one launch."""
     p, device = problem, problem.device
-    capability = device.capability or configs.MIN_CAPABILITY
     return configs.select_backward(
-        capability, device.sms or 8, p.M, p.N, p.R, p.dtype.itemsize, p.adapter_itemsize
+        device.tile_capability, device.tile_sms, p.M, p.N, p.R, p.dtype.itemsize, p.adapter_itemsize
     )
 
 
@@ -517,9 +359,8 @@ def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
     primitive, D, E = _sizes(problem, name)
     config = None
     if path == "triton" and problem.M and D and E:
-        # The interpreter has no architecture: it takes the tiles of the oldest.
-        capability = problem.device.capability or configs.MIN_CAPABILITY
-        M, R, itemsize, sms = problem.M, problem.R, problem.dtype.itemsize, problem.device.sms or 8
+        capability, sms = problem.device.tile_capability, problem.device.tile_sms
+        M, R, itemsize = problem.M, problem.R, problem.dtype.itemsize
         if primitive == "project":
             dropped = problem.dropout and name == "h"
             config = configs.select_project(
@@ -546,7 +387,7 @@ def hopper_config(problem: Problem, name: str) -> configs.HopperConfig | None:
         return None  # TMA reads rows that begin at multiples of 16 bytes.
     if (p.dropout and name == "dx") or measured.triton_version() not in _HOPPER_TRITON:
         return None
-    return configs.select_hopper(p.device.sms or 132, p.R)
+    return configs.select_hopper(p.device.tile_sms, p.R)
 
 
 def _chosen_plan(problem: Problem) -> Plan:
@@ -622,7 +463,7 @@ def _estimated_step(problem: Problem, name: str) -> Step:
 
 def _compare(problem: Problem, name: str, config) -> tuple[str, bool]:
     """The reason of a step's choice, and whether the kernel is estimated to be faster than addmm."""
-    if not _loop(problem).loop_efficiency and _sizes(problem, name)[0] == "gemm":
+    if not roofline_of(problem.device).loop_efficiency and _sizes(problem, name)[0] == "gemm":
         return f"sm_{problem.device.capability}: no main loop of its own yet, cuBLAS with beta = 1", False
     triton, addmm = _times(problem, name, config)
     margin = (2 if _sizes(problem, name)[0] == "token_sum" else 1) * _MARGIN
@@ -634,7 +475,7 @@ def _compare(problem: Problem, name: str, config) -> tuple[str, bool]:
 
 def _why_one_launch(problem: Problem, config: configs.SmallConfig) -> str | None:
     """The reason if one launch is estimated to be faster than h and y apart, else None."""
-    roofline = _loop(problem)
+    roofline = roofline_of(problem.device)
     if not roofline.loop_efficiency or "small" in measured.failed(**_key(problem, "forward")):
         return None
     if not measured.is_aligned("forward", problem.N, problem.K):
@@ -650,112 +491,18 @@ def _estimated(problem: Problem) -> str:
     return f"estimated for sm_{problem.device.capability}"
 
 
-def _loop(problem: Problem) -> Roofline:
-    """The rates of the device; of one architecture, an H100's memory has 0.7 of the rate of an H200's."""
-    return _roofline(problem.device)
-
-
-@functools.cache
-def _roofline(device: Device) -> Roofline:
-    capability, sms, bandwidth = configs.nearest_capability(device.capability), device.sms, device.bandwidth
-    roofline = ROOFLINES[capability]
-    halved = "GeForce" in device.name and capability in _GEFORCE_HALVES
-    flops = roofline.flops / 2 if halved else roofline.flops
-    return dataclasses.replace(
-        roofline,
-        flops=flops * sms / roofline.sms if sms else flops,
-        bytes=_COPY_SHARE * bandwidth if bandwidth else roofline.bytes,
-    )
-
-
 def _times(problem: Problem, name: str, config) -> tuple[float, float]:
     """Estimated seconds of one step by its kernel and by addmm."""
     primitive, D, E = _sizes(problem, name)
     dropped = problem.dropout and name == "dx"
     return estimate(
-        primitive, _loop(problem), problem.device.sms, problem.M, D, E, problem.R, config, dropped
+        primitive,
+        roofline_of(problem.device),
+        problem.device.sms,
+        problem.M,
+        D,
+        E,
+        problem.R,
+        config,
+        dropped,
     )
-
-
-def _share(programs: int, sms: int) -> float:
-    """The share of the GPU's rates that so many programs draw."""
-    return min(1.0, programs / max(sms, 1))
-
-
-def estimate_small(
-    roofline: Roofline, sms: int, M: int, N: int, K: int, R: int, config: configs.SmallConfig
-) -> float:
-    """Seconds of h and y together by the kernel for few tokens, in half precision.
-
-    W comes from memory once; x and B come from the L2 cache, for each program anew.
-    """
-    programs = -(-N // config.block_n)
-    moved = 2 * (N * K + M * (K + N) + R * (K + N))
-    cached = 2 * programs * K * (M + R)
-    seconds = max(moved / roofline.bytes, (moved + cached) / (roofline.bytes * _L2))
-    return seconds / _share(programs, sms) + _LAUNCH
-
-
-def estimate(
-    primitive: str,
-    roofline: Roofline,
-    sms: int,
-    M: int,
-    D: int,
-    E: int,
-    R: int,
-    config,
-    dropped: bool = False,
-) -> tuple[float, float]:
-    """Seconds of one half-precision product by the kernel and by the addmm form: max(operations, bytes) each.
-
-    A kernel with fewer programs than multiprocessors draws only its share of the memory's rate, and its last
-    tiles leave multiprocessors idle; cuBLAS is taken to split its products so that neither happens. Nothing
-    here was measured beyond the two rates of ``roofline``. ``dropped``: whether the update of gemm is.
-    """
-    rank = max(R, 16)  # tensor-core tiles are at least 16 wide
-    sms = max(sms, 1)
-    if primitive == "gemm":
-        flops = 2 * M * E * D
-        moved = 2 * (M * D + D * E + M * E)
-        mask = M * E * _MASK / (_INTEGER_RATE * sms) if dropped else 0.0
-        programs = -(-M // config.block_m) * -(-E // config.block_e)
-        waves = -(-programs // sms)
-        rate = roofline.flops * roofline.loop_efficiency * (_MASKED_LOOP if dropped else 1.0)
-        triton = max(
-            ((flops + 2 * M * E * rank) / rate + mask) * waves * sms / programs,
-            moved / roofline.bytes / _share(programs, sms),
-        )
-        triton += waves * roofline.tile + _LAUNCH
-        product = 2 * M * E * rank / roofline.flops
-        if dropped:
-            # The update kernel reads and writes the product.
-            addmm = max(flops / roofline.flops, moved / roofline.bytes)
-            addmm += max(product, 4 * M * E / roofline.bytes, mask)
-        else:
-            # The update is written first; P @ Q, which is added onto it, reads it beside its operations.
-            addmm = max(flops / roofline.flops, (moved + 2 * M * E) / roofline.bytes)
-            addmm += max(product, 2 * M * E / roofline.bytes)
-        return triton, addmm + 2 * _LAUNCH
-    flops = 2 * M * D * rank
-    moved = 2 * (M * D + M * R + D * R)
-    # The narrow operand comes from the L2 cache, for each program anew.
-    if primitive == "project":
-        programs, partial, launches = -(-M // config.block_m), 0, 1
-        cached = 2 * programs * D * R
-    else:
-        tiles = -(-D // config.block_d)
-        programs, launches = tiles * config.splits, 2
-        partial = 8 * config.splits * D * R  # fp32, written and read
-        cached = 2 * tiles * M * R
-    share = _share(programs, sms)
-    triton = max(
-        flops / roofline.flops,
-        moved / (roofline.bytes * _TRITON_SKINNY),
-        (moved + cached) / (roofline.bytes * _L2),
-    )
-    triton /= share
-    triton += partial / roofline.bytes + launches * _LAUNCH
-    # cuBLAS returns the sum in the half dtype and leaves the factor alpha to another small kernel.
-    addmm = max(flops / roofline.flops, moved / (roofline.bytes * _CUBLAS_SKINNY)) + launches * _LAUNCH
-    return triton, addmm

@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import measured, ops, planner, reference
+from fastlora import masks, measured, ops, planner, reference
 from fastlora.adapters import config_from
+from fastlora.device import Device, describe
 from fastlora.kernels import configs
 from fastlora.measured import OK, Row
-from fastlora.planner import Device, Problem, Step
+from fastlora.planner import Problem, Step
 from fastlora.targets import is_all_linear, linear_names
 
 # The (out, in) features of common 7B to 13B decoders, training and decoding.
@@ -147,7 +148,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
         if not problem.dropout:
             return torch.ones_like(t.x, dtype=torch.float64)
         mask = reference.keep_mask(t.seed, problem.M, problem.K, DROPOUT)
-        return mask.double() * reference.keep_scale(DROPOUT)
+        return mask.double() * masks.keep_scale(DROPOUT)
 
     def project(name: str, p: Tensor, q: Tensor) -> Computation:
         def exact(rows: Tensor, columns: Tensor) -> Tensor:
@@ -713,7 +714,7 @@ def main(
     if device is None and not torch.cuda.is_available():
         return _give_up("there is no GPU here to measure; on a CPU fastlora always takes the BLAS")
     device = device or torch.device("cuda", torch.cuda.current_device())
-    described = described or planner.describe(device)
+    described = described or describe(device)
     obstacle = planner.why_not_triton(Problem(described, jobs[0][0], 1, 1, 1, 1))
     if obstacle:
         return _give_up(f"nothing to choose: {obstacle}")

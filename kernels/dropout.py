@@ -3,13 +3,13 @@
     keep[row, column] = bits16(philox4x32(seed, counter=(column // 8, row, 0, 0)))[column % 8] >= p * 65536
 
 One Philox call serves eight neighbouring columns with 16 bits each: a call per element would cost more
-integer work than the layer's whole matrix product. ``fastlora.reference.keep_mask`` is its oracle.
+integer work than the layer's whole matrix product. ``fastlora.masks`` is its oracle.
 """
 
 import triton
 import triton.language as tl
 
-# The numbers of fastlora.reference, which explains them.
+# The numbers of fastlora.masks, which explains them.
 PHILOX_ROUNDS = tl.constexpr(7)
 COLUMNS_PER_CALL = tl.constexpr(8)
 # Of Philox 4x32: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11).

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 import fastlora
 from fastlora import ops, planner
+from fastlora.device import Device
 from fastlora.kernels import backward, hopper, update
 
 # (M, K, N, R)
@@ -93,7 +94,7 @@ def main():
         return kernel
 
     JITFunction.run = compile_only
-    ops.describe = lambda device: planner.Device("cuda", "", arch, 132)
+    ops.describe = lambda device: Device("cuda", "", arch, 132)
     for shape, dtype in CASES:
         for dropout in (0.0, 1 / 65536):
             try:

@@ -22,8 +22,8 @@ from tolerance import LAYOUTS, assert_as_accurate, lay_out
 
 import fastlora
 from fastlora import function, measured, ops, planner
+from fastlora.device import Device, describe
 from fastlora.kernels import configs
-from fastlora.planner import Device
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -195,7 +195,7 @@ class Chosen:
         from fastlora.kernels import backward
 
         self.launches = 0
-        self._device = Device("cuda", "Test GPU", 80, 4) if device.type == "cpu" else planner.describe(device)
+        self._device = Device("cuda", "Test GPU", 80, 4) if device.type == "cpu" else describe(device)
         for module in (ops, function):
             monkeypatch.setattr(module, "describe", lambda device: self._device)
         launch = backward.g_and_dA

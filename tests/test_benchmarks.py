@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fastlora import ops, planner
+from fastlora.device import Device
 from fastlora.kernels import configs
 
 ROOT = Path(__file__).parents[1]
@@ -458,7 +459,7 @@ def test_products_are_checked():
 @pytest.mark.parametrize("capability", sorted(configs.SHARED_MEMORY))
 def test_tile_candidates(capability):
     """The shipped shape is the first; every product that is swept has others that fit, each once."""
-    device = planner.Device("cuda", "", capability, 132)
+    device = Device("cuda", "", capability, 132)
     for product, s in tiles.work():
         problem = planner.Problem(device, torch.bfloat16, s.M, s.N, s.K, s.R)
         shipped = {"forward": planner.small_config, "g+dA": planner.backward_config}.get(

@@ -212,7 +212,7 @@ class TestFunction:
 
         compiled(inside)(case.x)
         assert seen == ["auto", "reference", "auto", "addmm", "auto"]
-        assert fastlora.planner.current_mode() == "auto"
+        assert fastlora.paths.current_mode() == "auto"
 
     def test_bad_shapes_are_refused_while_tracing(self):
         function = compiled(lambda *a: fastlora.lora_linear(*a))

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastlora
 import fastlora.ops
-from fastlora import reference
+from fastlora import masks, reference
 
 kernel_runs = pytest.mark.parametrize("run", [run for run in RUNS if run.values[0].path == "triton"])
 P = 0.25
@@ -131,8 +131,8 @@ class TestWhatIsDrawn:
     @every_run
     def test_one_seed_a_call_and_none_in_backward(self, run, monkeypatch):
         case = tensors(9, 24, 40, 4, device=run.device)
-        drawn, new_seed = [], reference.new_seed
-        monkeypatch.setattr(reference, "new_seed", lambda device: drawn.append(device) or new_seed(device))
+        drawn, new_seed = [], masks.new_seed
+        monkeypatch.setattr(masks, "new_seed", lambda device: drawn.append(device) or new_seed(device))
         for calls in (1, 2):
             A = case.A.clone().requires_grad_()
             y = fused(1.0, 0.5, path=run.path)(case.x, case.weight, A, case.B)

@@ -29,7 +29,7 @@ from tolerance import lay_out
 
 import fastlora
 import fastlora.ops
-from fastlora import planner, reference
+from fastlora import masks, paths, reference
 
 NAMES = ("y", "x", "A", "B", "bias")
 OPERANDS = ("x", "weight", "A", "B", "bias", "dy")
@@ -185,7 +185,7 @@ class TestOutOfMemory:
                     failures += 1
             assert layer.A.grad is None or not layer.A.grad.isnan().any()
             layer.zero_grad()
-            assert planner.current_mode() == "auto"
+            assert paths.current_mode() == "auto"
             assert torch.is_grad_enabled()
             assert not torch.is_autocast_enabled(run.device)
             for name, value in layer.state_dict().items():
@@ -310,16 +310,16 @@ class TestThreads:
         with fastlora.use_path("reference"):
             thread.start()
             assert opened.wait(30)
-            assert planner._mode == "addmm"
+            assert paths._mode == "addmm"
             if not first_closes_first:
                 close.set()
                 thread.join()
-                assert planner._mode == "reference"
+                assert paths._mode == "reference"
         if first_closes_first:
-            assert planner._mode == "addmm"
+            assert paths._mode == "addmm"
             close.set()
             thread.join()
-        assert planner._mode == "auto"
+        assert paths._mode == "auto"
 
     def test_a_path_is_its_threads_own(self, monkeypatch):
         """Blocks that open and close in turn, in three threads: each call runs on its thread's path."""
@@ -373,7 +373,7 @@ class TestThreads:
                 seen, expected = task.result(60)
                 assert seen == expected
         assert mode() == "auto"
-        assert planner.current_mode() == planner._mode == "auto"
+        assert paths.current_mode() == paths._mode == "auto"
 
     def test_a_block_is_seen_by_backward_in_another_thread(self):
         """Backward is on the path of its own forward, whoever calls it."""
@@ -389,7 +389,7 @@ class TestThreads:
     def test_seeds_of_threads_differ(self):
         device = torch.device("cpu")
         with threads(8) as pool:
-            seeds = list(pool.map(lambda _: reference.new_seed(device).item(), range(400)))
+            seeds = list(pool.map(lambda _: masks.new_seed(device).item(), range(400)))
         assert len(set(seeds)) == 400
 
     @pytest.mark.parametrize("path", ["auto", "reference"])

@@ -30,10 +30,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import function, ops, reference
+from fastlora import function, masks, ops, reference
+from fastlora.device import Device
 from fastlora.group import lora_linear_group
 from fastlora.kernels import configs
-from fastlora.planner import Device, Problem, make_group_plan
+from fastlora.planner import Problem, make_group_plan
 
 KINDS = ("A", "B", "bias")
 # (N, R) of each branch: grouped-query attention with three ranks, and gate/up.
@@ -267,7 +268,7 @@ class TestDropout:
         torch.manual_seed(5)
         first = run_group(function, problem)
         torch.manual_seed(5)
-        seed = reference.new_seed(problem.x.device)
+        seed = masks.new_seed(problem.x.device)
         truth = exact_group(problem, keep_factors(seed, problem.cases[0], 0.4))
         for name, value in vars(first).items():
             torch.testing.assert_close(value.double(), getattr(truth, name), rtol=1e-4, atol=1e-4)
@@ -631,7 +632,7 @@ class TestKernel:
         keep, scale, dropout = torch.ones(M, E, dtype=torch.float64, device=device), 1.0, {}
         if seed is not None:
             keep = reference.keep_mask(seed.cpu(), M, E, 0.3).double().to(device) / 0.7
-            scale, dropout = 1 / 0.7, {"seed": seed, "keep_threshold": reference.keep_threshold(0.3)}
+            scale, dropout = 1 / 0.7, {"seed": seed, "keep_threshold": masks.keep_threshold(0.3)}
         capability = 80
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
@@ -765,7 +766,7 @@ class TestSiblings:
         torch.manual_seed(3)
         y = model(x)
         torch.manual_seed(3)
-        seed = reference.new_seed(x.device)
+        seed = masks.new_seed(x.device)
         lists = [[getattr(m, name) for m in layers] for name in ("weight", "A", "B")]
         expected = reference.lora_linear_group(x, *lists, [2.0] * 3, [m.bias for m in layers], 0.4, seed)
         torch.testing.assert_close(y[..., :44], torch.cat(expected, -1), rtol=1e-4, atol=1e-5)

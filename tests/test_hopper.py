@@ -14,6 +14,7 @@ from tolerance import assert_as_accurate
 
 import fastlora
 from fastlora import measured, planner
+from fastlora.device import Device
 from fastlora.kernels import configs
 
 KERNEL = Path(configs.__file__).with_name("hopper.py")
@@ -159,7 +160,7 @@ def test_a_slot_is_freed_by_all_consumers(tmp_path):
         assert steps[i - 2 : i] == ["wgmma.wait_group", "bar.sync"], steps[max(0, i - 3) : i + 1]
 
 
-H100 = planner.Device("cuda", "H100", 90, 132)
+H100 = Device("cuda", "H100", 90, 132)
 
 
 def problem(**changes):
@@ -193,8 +194,8 @@ def test_plan(asked_for, N):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"device": planner.Device("cuda", "A100", 80, 108)},
-        {"device": planner.Device("cuda", "B200", 100, 148)},
+        {"device": Device("cuda", "A100", 80, 108)},
+        {"device": Device("cuda", "B200", 100, 148)},
         {"M": 64},
         {"N": 1020},
         {"K": 4092},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tolerance import LAYOUTS, assert_as_accurate, lay_out
 
-from fastlora import reference
+from fastlora import masks, reference
 from fastlora.kernels import configs
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -43,11 +43,11 @@ def matrix(rows, columns, dtype, device, layout="contiguous", scale=1.0):
 def eager_keep(seed, rows, columns, device):
     """The oracle's mask times 1 / (1 - p), as float64."""
     keep = reference.keep_mask(seed.cpu(), rows, columns, DROPOUT).double()
-    return (keep * reference.keep_scale(DROPOUT)).to(device)
+    return (keep * masks.keep_scale(DROPOUT)).to(device)
 
 
 def dropout_arguments(seed):
-    return {"seed": seed, "keep_threshold": reference.keep_threshold(DROPOUT)}
+    return {"seed": seed, "keep_threshold": masks.keep_threshold(DROPOUT)}
 
 
 class TestProject:
@@ -85,7 +85,7 @@ class TestProject:
         q = matrix(D, R, dtype, kernel_device, scale=0.1)
         seed = torch.tensor([-(2**62) - 12345], device=kernel_device)
         config = configs.select_project(capability(kernel_device), 8, M, R, 2)
-        h = kernels.project(p, q, config, **dropout_arguments(seed), scale=reference.keep_scale(DROPOUT))
+        h = kernels.project(p, q, config, **dropout_arguments(seed), scale=masks.keep_scale(DROPOUT))
         keep = eager_keep(seed, M, D, kernel_device)
         assert_as_accurate(h, (p * keep.to(dtype)) @ q, (p.double() * keep) @ q.double(), "h")
 
@@ -107,7 +107,7 @@ class TestGemm:
         scale = alpha
         if seed is not None:
             keep = eager_keep(seed, M, E, device)
-            scale = alpha * reference.keep_scale(DROPOUT)
+            scale = alpha * masks.keep_scale(DROPOUT)
         config = configs.select_gemm(capability(device), M, E, R, 2, seed is not None)
         c = kernels.gemm(p, q, u, v, scale, config, b, **dropout)
         exact = p.double() @ q.double() + alpha * keep * (u.double() @ v.double())
@@ -160,7 +160,7 @@ class TestUpdate:
         keep = eager_keep(seed, M, E, device)
         exact = c.double() + alpha * keep * (u.double() @ v.double())
         eager = c + alpha * (keep.to(dtype) * (u @ v.to(dtype)))
-        scale = alpha * reference.keep_scale(DROPOUT)
+        scale = alpha * masks.keep_scale(DROPOUT)
         result = kernels.add_update(c, u, v, scale, configs.select_update(R), **dropout_arguments(seed))
         assert result is c
         assert_as_accurate(c, eager, exact, "c")
@@ -240,7 +240,7 @@ class TestTokenSum:
         scale, dropout = alpha, {}
         if seed is not None:
             keep, dropout = eager_keep(seed, M, D, device), dropout_arguments(seed)
-            scale = alpha * reference.keep_scale(DROPOUT)
+            scale = alpha * masks.keep_scale(DROPOUT)
         config = configs.select_token_sum(capability(device), sms, M, D, R, 2)
         g = kernels.token_sum(p, u, scale, config, out or dtype, transposed, **dropout)
         assert g.dtype == (out or dtype)

@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A module imports those of the layers below its own, at the top of its file or in a function.
 LAYERS = (
-    ("fastlora.kernels.configs",),
-    ("fastlora.atomic", "fastlora.measured"),
-    ("fastlora.flops", "fastlora.planner", "fastlora.reference"),
+    ("fastlora.atomic", "fastlora.kernels.configs", "fastlora.masks", "fastlora.paths"),
+    ("fastlora.device", "fastlora.measured"),
+    ("fastlora.flops", "fastlora.reference", "fastlora.roofline"),
+    ("fastlora.planner",),
     ("fastlora.ops",),
     ("fastlora.function",),
     ("fastlora.linear",),

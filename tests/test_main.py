@@ -10,7 +10,8 @@ import torch
 import fastlora
 from fastlora import __main__ as report_module
 from fastlora import measured, planner
-from fastlora.planner import Device, Problem, make_plan
+from fastlora.device import Device
+from fastlora.planner import Problem, make_plan
 
 PRODUCTS = {"h": "project", "y": "gemm", "g": "project", "dx": "gemm", "dA": "token_sum", "dB": "token_sum"}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -32,7 +33,7 @@ def machine(monkeypatch, *devices, driver="570.1"):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
-    monkeypatch.setattr(planner, "describe", describe)
+    monkeypatch.setattr(report_module, "describe", describe)
     monkeypatch.setattr(report_module.subprocess, "run", nvidia_smi)
 
 

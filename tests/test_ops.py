@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastlora
 from fastlora import ops, planner, reference
+from fastlora.device import Device
 
 forward = torch.ops.fastlora.lora_forward.default
 backward = torch.ops.fastlora.lora_backward.default
@@ -265,7 +266,7 @@ def test_dA_alone_of_a_plan_that_makes_it_with_g(monkeypatch, kernels):
         pytest.skip("the interpreter is off in a process with a GPU")
     M, N, K, R, p = 64, 24, 40, 4, 0.5
     case = tensors(M, N, K, R, torch.float32)
-    problem = planner.Problem(planner.Device("cpu"), torch.float32, M, N, K, R, True)
+    problem = planner.Problem(Device("cpu"), torch.float32, M, N, K, R, True)
     plan = planner.make_plan(problem, "addmm")
     if kernels:
         steps = {name: getattr(plan, name) for name in plan.__dataclass_fields__}

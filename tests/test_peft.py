@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 import fastlora
-from fastlora import ops, reference
+from fastlora import masks, ops, reference
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -88,13 +88,13 @@ class SameMasks:
 
     def __init__(self, monkeypatch):
         self.seeds = []
-        new_seed = reference.new_seed
+        new_seed = masks.new_seed
 
         def remember(device):
             self.seeds.append(new_seed(device))
             return self.seeds[-1]
 
-        monkeypatch.setattr(reference, "new_seed", remember)
+        monkeypatch.setattr(masks, "new_seed", remember)
         monkeypatch.setattr(ops, "_FEW_DROPPED", 0)
 
     def replay(self, model):

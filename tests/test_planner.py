@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,10 @@ from cases import CUDA, HALF, dtype_id, tensors
 
 import fastlora
 from fastlora import planner
+from fastlora.device import Device, describe
 from fastlora.kernels import configs
-from fastlora.planner import Device, Problem, backward_config, make_plan, use_path
+from fastlora.paths import use_path
+from fastlora.planner import Problem, backward_config, make_plan
 
 A100 = Device("cuda", "A100", 80, 108)
 A10 = Device("cuda", "A10", 86, 72)
@@ -206,17 +207,6 @@ class TestPins:
         assert planned(Device("cuda", "", 90, 132, bandwidth=4.92e12), *shape).y.path == "addmm"
         assert planned(Device("cuda", "", 90, 132, bandwidth=3.35e12), *shape).y.path == "triton"
 
-    def test_the_last_tiles_leave_multiprocessors_idle(self):
-        """A tile more than there are multiprocessors takes as long as twice as many."""
-        roofline = planner.ROOFLINES[80]
-        config = configs.select_gemm(80, 8192, 4096, 16, 2, False)
-
-        def seconds(rows, columns):
-            return planner.estimate("gemm", roofline, 108, 128 * rows, 4096, 128 * columns, 16, config)[0]
-
-        assert seconds(10, 11) == pytest.approx(seconds(12, 18), rel=0.01)
-        assert seconds(12, 18) > 1.9 * seconds(9, 12)
-
     def test_sizes_that_the_kernels_read_slowly(self):
         for device in (A100, H100):
             for N, K in ((4104, 4096), (50257, 4096), (4096, 4104)):
@@ -239,43 +229,6 @@ class TestPins:
             assert dx.reason.endswith("; a kernel adds the dropped update")
         dx = planned(L40S, 8192, 256, 4096, dropout=True).dx
         assert isinstance(dx.config, configs.GemmConfig), dx
-
-    def test_geforce_sums_at_half_the_rate(self):
-        workstation = Device("cuda", "RTX 6000 Ada", 89, 128)
-        geforce = dataclasses.replace(workstation, name="NVIDIA GeForce RTX 4090")
-        for device, factor in ((workstation, 1), (geforce, 2)):
-            problem = Problem(device, torch.bfloat16, 8192, 4096, 4096, 16)
-            assert planner._loop(problem).flops * factor == pytest.approx(362e12 * 128 / 142)
-
-    @pytest.mark.parametrize(
-        ("properties", "bandwidth"),
-        [
-            ({"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 4.917e12),
-            ({"memory_clock_rate": 0, "memory_bus_width": 6144}, 0.0),
-            ({"memory_clock_rate": 3_201_000_000, "memory_bus_width": 6144}, 0.0),
-            ({}, 0.0),
-        ],
-    )
-    def test_bandwidth(self, properties, bandwidth, monkeypatch):
-        given = SimpleNamespace(name="X", major=9, minor=0, multi_processor_count=132, **properties)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: given)
-        device = planner.describe.__wrapped__(torch.device("cuda", 0))
-        assert device.bandwidth == pytest.approx(bandwidth, rel=1e-3)
-        assert (device.capability, device.sms) == (90, 132)
-
-    def test_the_estimate(self):
-        """Times are positive, grow with the work, and a faster loop or memory never costs more."""
-        roofline = next(iter(planner.ROOFLINES.values()))
-        config = configs.select_gemm(80, 4096, 4096, 16, 2, False)
-        small = planner.estimate("gemm", roofline, 108, 4096, 4096, 4096, 16, config)
-        large = planner.estimate("gemm", roofline, 108, 4096, 8192, 4096, 16, config)
-        assert all(0 < a < b for a, b in zip(small, large, strict=True))
-        better = dataclasses.replace(roofline, flops=2 * roofline.flops, bytes=2 * roofline.bytes)
-        faster = planner.estimate("gemm", better, 108, 4096, 4096, 4096, 16, config)
-        assert all(a < b for a, b in zip(faster, small, strict=True))
-        # Compute-bound: no less than the operations at peak rate, no more than twice that.
-        floor = 2 * 4096**3 / roofline.flops
-        assert all(floor < seconds < 2 * floor for seconds in small)
 
 
 NO_KERNELS = {
@@ -427,7 +380,7 @@ class TestPublicPlan:
     def test_gpu(self):
         arguments = {name: tensor.cuda() for name, tensor in case_arguments().items()}
         assert_complete(fastlora.plan(**arguments))
-        device = planner.describe(torch.device("cuda"))
+        device = describe(torch.device("cuda"))
         major, minor = torch.cuda.get_device_capability()
         assert device.capability == 10 * major + minor
         assert device.sms == torch.cuda.get_device_properties(0).multi_processor_count
@@ -474,38 +427,3 @@ class TestPublicPlan:
         )
         assert result.stdout.split("\n")[:6] == ["True"] * 6
         assert result.stdout.count("interpreter computes bfloat16 products wrongly") == 3
-
-
-class TestUsePath:
-    def test_nested_and_restored(self):
-        assert planner.current_mode() == "auto"
-        with use_path("addmm"):
-            assert planner.current_mode() == "addmm"
-            with use_path("reference"):
-                assert planner.current_mode() == "reference"
-            assert planner.current_mode() == "addmm"
-        assert planner.current_mode() == "auto"
-
-    def test_restored_after_an_exception(self):
-        with pytest.raises(KeyError), use_path("reference"):
-            raise KeyError
-        assert planner.current_mode() == "auto"
-
-    def test_counts_its_references(self):
-        """PyTorch 2.11 drops one more than it takes: without help the process crashes after some blocks."""
-        mode = "".join(["add", "mm"])  # an object of our own
-        before = sys.getrefcount(mode)
-        for _ in range(50):
-            with use_path(mode):
-                assert planner.current_mode() == "addmm"
-        assert before <= sys.getrefcount(mode) <= before + 1
-
-    @pytest.mark.parametrize("mode", ["fast", "", "Triton", None, 1])
-    def test_unknown_mode(self, mode):
-        with pytest.raises(ValueError, match=re.escape(repr(mode))), use_path(mode):
-            pytest.fail("the block ran")
-        assert planner.current_mode() == "auto"
-        with use_path("addmm"):
-            with pytest.raises(ValueError, match=r"auto.*triton.*addmm.*reference"):
-                use_path(mode).__enter__()
-            assert planner.current_mode() == "addmm"

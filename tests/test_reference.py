@@ -1,7 +1,5 @@
 """The oracle itself: against formulas written out in float64, numerical derivatives and statistics."""
 
-import math
-
 import pytest
 import torch
 from cases import (
@@ -16,7 +14,7 @@ from cases import (
     tensors,
 )
 
-from fastlora import reference
+from fastlora import masks, reference
 
 SIZES = ((1, 1, 1, 1), (7, 5, 3, 2), (33, 65, 70, 16), (4, 40, 50, 256))
 
@@ -121,14 +119,10 @@ class TestDropout:
         seed = torch.tensor([123456789012345])
         keep = keep_factors(seed, case, p)
         # 16-bit thresholds: p is exact only to 1/65536, and so is the scale.
-        keep = keep / keep.max() * reference.keep_scale(p)
+        keep = keep / keep.max() * masks.keep_scale(p)
         ours, truth = differentiate(oracle(0.8, p, seed), case), exact(case, 0.8, keep)
         for name in ("y", "x", "A", "B", "bias"):
             torch.testing.assert_close(getattr(ours, name), getattr(truth, name), rtol=1e-9, atol=1e-9)
-
-    @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.75])
-    def test_scale_keeps_the_mean(self, p):
-        assert reference.keep_scale(p) == pytest.approx(1 / (1 - p), rel=1e-4)
 
     def test_certain_dropout_is_the_frozen_layer(self):
         case = tensors(6, 5, 4, 2)
@@ -152,64 +146,3 @@ class TestDropout:
         torch.manual_seed(3)
         assert torch.equal(first, differentiate(oracle(1.0, 0.5), case).y)
         assert not torch.equal(first, second)
-
-    def test_mask_is_a_function_of_seed_row_and_column(self):
-        seed = torch.tensor([-5])
-        whole = reference.keep_mask(seed, 70, 90, 0.3)
-        assert whole.dtype == torch.bool
-        assert whole.shape == (70, 90)
-        for rows, columns in ((70, 90), (1, 1), (33, 17), (70, 5), (2, 90), (0, 9)):
-            assert torch.equal(reference.keep_mask(seed, rows, columns, 0.3), whole[:rows, :columns])
-
-    @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64])
-    @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 37), (1, 1024), (64, 1024), (0, 9), (9, 0)])
-    def test_a_small_mask_is_drawn_alike_with_and_without_numpy(self, shape, seed, monkeypatch):
-        drawn = [reference.keep_mask(torch.tensor([seed]), *shape, p) for p in (0.1, 0.5)]
-        monkeypatch.setattr(reference, "numpy", None)
-        for keep, p in zip(drawn, (0.1, 0.5), strict=True):
-            assert torch.equal(keep, reference.keep_mask(torch.tensor([seed]), *shape, p))
-
-    def test_a_changed_mask_changes_no_later_one(self):
-        seed = torch.tensor([77])
-        kept = reference.keep_mask(seed, 4, 30, 0.5)
-        expected = kept.clone()
-        kept.fill_(False)
-        assert torch.equal(reference.keep_mask(seed, 4, 30, 0.5), expected)
-
-    @pytest.mark.parametrize("other", [-6, 5, (1 << 40) - 5, 2**63 - 5])
-    def test_both_halves_of_the_seed_count(self, other):
-        mine = reference.keep_mask(torch.tensor([-5]), 100, 100, 0.5)
-        theirs = reference.keep_mask(torch.tensor([other]), 100, 100, 0.5)
-        assert 0.45 < (mine == theirs).float().mean() < 0.55
-
-    @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.95])
-    def test_statistics(self, p):
-        """Keep rate over all, by row and by column; neighbours in both directions are independent."""
-        rows, columns = 512, 512
-        keep = reference.keep_mask(torch.tensor([2024]), rows, columns, p).double()
-        deviation = math.sqrt(p * (1 - p))
-        assert abs(keep.mean() - (1 - p)) < 5 * deviation / math.sqrt(rows * columns)
-        for dim in (0, 1):
-            spread = (keep.mean(dim) - (1 - p)).abs().max()
-            assert spread < 5.5 * deviation / math.sqrt(rows)
-        z = (keep - (1 - p)) / deviation
-        for shift in (1, 2, 3, 4, 8, 16, 64):
-            for dim in (0, 1):
-                product = (z.narrow(dim, 0, rows - shift) * z.narrow(dim, shift, rows - shift)).mean()
-                assert abs(product) < 5.5 / rows, (shift, dim)
-
-    def test_masks_of_consecutive_seeds_are_independent(self):
-        masks = torch.stack([reference.keep_mask(torch.tensor([s]), 128, 128, 0.5) for s in range(8)])
-        z = (masks.double() - 0.5).reshape(8, -1) * 2
-        correlation = (z @ z.T / z.shape[1]).fill_diagonal_(0)
-        assert correlation.abs().max() < 5.5 / 128
-
-    def test_new_seed(self):
-        torch.manual_seed(9)
-        seeds = [reference.new_seed(torch.device("cpu")) for _ in range(50)]
-        assert all(seed.dtype == torch.int64 and seed.shape == (1,) for seed in seeds)
-        assert len({seed.item() for seed in seeds}) == 50
-        # More than 32 random bits: the high halves differ too.
-        assert len({seed.item() >> 32 for seed in seeds}) > 45
-        torch.manual_seed(9)
-        assert reference.new_seed(torch.device("cpu")).item() == seeds[0].item()

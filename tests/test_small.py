@@ -7,8 +7,10 @@ from tolerance import LAYOUTS, assert_as_accurate, lay_out
 
 import fastlora
 from fastlora import ops, planner
+from fastlora.device import Device
 from fastlora.kernels import configs
-from fastlora.planner import Device, Problem, make_plan
+from fastlora.planner import Problem, make_plan
+from fastlora.roofline import ROOFLINES, estimate_small
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -214,11 +216,11 @@ class TestPlan:
 
     def test_the_estimate(self):
         """It grows with the rank and the tokens (L2 traffic), and is never below one reading of W."""
-        roofline = planner.ROOFLINES[90]
+        roofline = ROOFLINES[90]
 
         def seconds(M, R):
             config = configs.select_small(90, 132, 4096, R, 2)
-            return planner.estimate_small(roofline, 132, M, 4096, 4096, R, config)
+            return estimate_small(roofline, 132, M, 4096, 4096, R, config)
 
         assert 2 * 4096**2 / roofline.bytes < seconds(1, 16) < seconds(1, 64) < seconds(16, 64)
         assert seconds(1, 64) < seconds(1, 256)

@@ -16,7 +16,7 @@ from torch import nn
 
 import fastlora
 from fastlora import overview, targets
-from fastlora.planner import Device
+from fastlora.device import Device
 from fastlora.targets import Selector
 
 WIDTH = 16

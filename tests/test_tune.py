@@ -13,9 +13,10 @@ import torch
 from cases import CUDA
 
 from fastlora import measured, ops, planner, tune
+from fastlora.device import Device, describe
 from fastlora.kernels import configs
 from fastlora.measured import Row
-from fastlora.planner import Device, Problem, make_plan
+from fastlora.planner import Problem, make_plan
 
 H200 = Device("cuda", "NVIDIA H200", 90, 132)
 A100 = Device("cuda", "NVIDIA A100", 80, 108)
@@ -1046,5 +1047,5 @@ def test_on_this_gpu(cache):
     assert [r for r in rows if r.status != "ok"] == []
     y = {(r.dtype, r.M, r.path): r.microseconds for r in rows if r.product == "y"}
     assert y["bfloat16", 2048, "addmm"] > 2 * y["bfloat16", 1, "addmm"]
-    device = planner.describe(torch.device("cuda"))
+    device = describe(torch.device("cuda"))
     assert planned(device, 2048).reason.startswith("tuned here: ")

@@ -1,0 +1,58 @@
+"""What the planner knows of a device: asked of the driver once, plain values in tests."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from fastlora.kernels.configs import MIN_CAPABILITY
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the planner knows of a device. ``capability``: 10 * major + minor, 0 where there is none.
+
+    ``bandwidth``: bytes a second of its memory, by the clock and width of the bus; 0 where they are unknown.
+    """
+
+    kind: str
+    name: str = ""
+    capability: int = 0
+    sms: int = 0
+    rocm: bool = False
+    bandwidth: float = 0.0
+
+    @property
+    def tile_capability(self) -> int:
+        """The capability that tile shapes are chosen for: the oldest for the interpreter's CPU."""
+        return self.capability or MIN_CAPABILITY
+
+    @property
+    def tile_sms(self) -> int:
+        """The multiprocessors that tile shapes are chosen for; a few in the interpreter."""
+        return self.sms or 8
+
+
+@functools.cache
+def describe(device: torch.device) -> Device:
+    """What the planner needs to know of a torch device; asks the driver once for each GPU."""
+    if device.type != "cuda":
+        return Device(kind=device.type)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        kind="cuda",
+        name=properties.name,
+        capability=10 * properties.major + properties.minor,
+        sms=properties.multi_processor_count,
+        rocm=torch.version.hip is not None,
+        bandwidth=_bandwidth(properties),
+    )
+
+
+def _bandwidth(properties) -> float:
+    """Bytes a second of a memory that transfers twice a clock; 0 where the driver gives nothing credible."""
+    kilohertz, bits = (getattr(properties, f"memory_{name}", 0) for name in ("clock_rate", "bus_width"))
+    rate = 2e3 * kilohertz * bits / 8
+    return rate if 1e11 < rate < 5e13 else 0.0

@@ -1,0 +1,149 @@
+"""A small roofline estimate of each product, for shapes that nobody has measured: plain arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+from fastlora.device import Device
+from fastlora.kernels import configs
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Rates of a GPU of ``sms`` multiprocessors, and the share of cuBLAS's that the classic loop reaches.
+
+    ``tile``: seconds of each tile of C in which no product is under way, for what comes before and after the
+    loop; 0 where a second program on the multiprocessor hides it.
+    """
+
+    flops: float
+    bytes: float
+    loop_efficiency: float
+    sms: int
+    tile: float = 0.0
+
+
+# Dense bf16 operations and bytes a second. 90: measured on an H200 (large torch.mm, device copy); the others
+# are the vendor's data sheets: A100 SXM, A40, L40S, B200, RTX 5090. The efficiencies and the seconds a tile
+# are estimates, until rows are measured; 0 means that the architecture needs a main loop of its own first.
+ROOFLINES = {
+    80: Roofline(312e12, 2.0e12, 0.95, 108),
+    86: Roofline(150e12, 0.70e12, 0.95, 84),
+    89: Roofline(362e12, 0.86e12, 0.95, 142),
+    90: Roofline(790e12, 4.3e12, 0.92, 132, 3e-6),
+    100: Roofline(2250e12, 8.0e12, 0.0, 148),
+    120: Roofline(210e12, 1.79e12, 0.0, 170),
+}
+# GeForce cards of these architectures sum products in fp32 at half the rate.
+_GEFORCE_HALVES = (86, 89)
+# What large copies reach of a memory's nominal rate: 4.3 of 4.9 TB/s on an H200, 3.0 of 3.35 on an H100.
+_COPY_SHARE = 0.88
+# Share of the memory's rate that a skinny product reaches, and one kernel's launch in seconds: estimates.
+_TRITON_SKINNY, _CUBLAS_SKINNY = 0.85, 0.60
+LAUNCH = 4e-6
+# The mask of dropout: integer instructions an element, and how many of them a multiprocessor does a second.
+_MASK, _INTEGER_RATE = 10, 64 * 1.5e9
+# The share of the loop's rate that is left beside the mask, whose registers the widest tiles lack.
+_MASKED_LOOP = 0.9
+# How much faster than memory the L2 cache is at the least: an estimate, for what every program reads again.
+_L2 = 1.3
+
+
+@functools.cache
+def roofline_of(device: Device) -> Roofline:
+    """The rates of a device; of one architecture, an H100's memory has 0.7 of the rate of an H200's."""
+    capability, sms, bandwidth = configs.nearest_capability(device.capability), device.sms, device.bandwidth
+    roofline = ROOFLINES[capability]
+    halved = "GeForce" in device.name and capability in _GEFORCE_HALVES
+    flops = roofline.flops / 2 if halved else roofline.flops
+    return dataclasses.replace(
+        roofline,
+        flops=flops * sms / roofline.sms if sms else flops,
+        bytes=_COPY_SHARE * bandwidth if bandwidth else roofline.bytes,
+    )
+
+
+def _share(programs: int, sms: int) -> float:
+    """The share of the GPU's rates that so many programs draw."""
+    return min(1.0, programs / max(sms, 1))
+
+
+def estimate_small(
+    roofline: Roofline, sms: int, M: int, N: int, K: int, R: int, config: configs.SmallConfig
+) -> float:
+    """Seconds of h and y together by the kernel for few tokens, in half precision.
+
+    W comes from memory once; x and B come from the L2 cache, for each program anew.
+    """
+    programs = -(-N // config.block_n)
+    moved = 2 * (N * K + M * (K + N) + R * (K + N))
+    cached = 2 * programs * K * (M + R)
+    seconds = max(moved / roofline.bytes, (moved + cached) / (roofline.bytes * _L2))
+    return seconds / _share(programs, sms) + LAUNCH
+
+
+def estimate(
+    primitive: str,
+    roofline: Roofline,
+    sms: int,
+    M: int,
+    D: int,
+    E: int,
+    R: int,
+    config,
+    dropped: bool = False,
+) -> tuple[float, float]:
+    """Seconds of one half-precision product by the kernel and by the addmm form: max(operations, bytes) each.
+
+    A kernel with fewer programs than multiprocessors draws only its share of the memory's rate, and its last
+    tiles leave multiprocessors idle; cuBLAS is taken to split its products so that neither happens. Nothing
+    here was measured beyond the two rates of ``roofline``. ``dropped``: whether the update of gemm is.
+    """
+    rank = max(R, 16)  # tensor-core tiles are at least 16 wide
+    sms = max(sms, 1)
+    if primitive == "gemm":
+        flops = 2 * M * E * D
+        moved = 2 * (M * D + D * E + M * E)
+        mask = M * E * _MASK / (_INTEGER_RATE * sms) if dropped else 0.0
+        programs = -(-M // config.block_m) * -(-E // config.block_e)
+        waves = -(-programs // sms)
+        rate = roofline.flops * roofline.loop_efficiency * (_MASKED_LOOP if dropped else 1.0)
+        triton = max(
+            ((flops + 2 * M * E * rank) / rate + mask) * waves * sms / programs,
+            moved / roofline.bytes / _share(programs, sms),
+        )
+        triton += waves * roofline.tile + LAUNCH
+        product = 2 * M * E * rank / roofline.flops
+        if dropped:
+            # The update kernel reads and writes the product.
+            addmm = max(flops / roofline.flops, moved / roofline.bytes)
+            addmm += max(product, 4 * M * E / roofline.bytes, mask)
+        else:
+            # The update is written first; P @ Q, which is added onto it, reads it beside its operations.
+            addmm = max(flops / roofline.flops, (moved + 2 * M * E) / roofline.bytes)
+            addmm += max(product, 2 * M * E / roofline.bytes)
+        return triton, addmm + 2 * LAUNCH
+    flops = 2 * M * D * rank
+    moved = 2 * (M * D + M * R + D * R)
+    # The narrow operand comes from the L2 cache, for each program anew.
+    if primitive == "project":
+        programs, partial, launches = -(-M // config.block_m), 0, 1
+        cached = 2 * programs * D * R
+    else:
+        tiles = -(-D // config.block_d)
+        programs, launches = tiles * config.splits, 2
+        partial = 8 * config.splits * D * R  # fp32, written and read
+        cached = 2 * tiles * M * R
+    share = _share(programs, sms)
+    triton = max(
+        flops / roofline.flops,
+        moved / (roofline.bytes * _TRITON_SKINNY),
+        (moved + cached) / (roofline.bytes * _L2),
+    )
+    triton /= share
+    triton += partial / roofline.bytes + launches * LAUNCH
+    # cuBLAS returns the sum in the half dtype and leaves the factor alpha to another small kernel.
+    addmm = max(flops / roofline.flops, moved / (roofline.bytes * _CUBLAS_SKINNY)) + launches * LAUNCH
+    return triton, addmm

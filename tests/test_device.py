@@ -1,0 +1,25 @@
+"""What the planner is told of a device."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastlora.device import describe
+
+
+@pytest.mark.parametrize(
+    ("properties", "bandwidth"),
+    [
+        ({"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 4.917e12),
+        ({"memory_clock_rate": 0, "memory_bus_width": 6144}, 0.0),
+        ({"memory_clock_rate": 3_201_000_000, "memory_bus_width": 6144}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_bandwidth(properties, bandwidth, monkeypatch):
+    given = SimpleNamespace(name="X", major=9, minor=0, multi_processor_count=132, **properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: given)
+    device = describe.__wrapped__(torch.device("cuda", 0))
+    assert device.bandwidth == pytest.approx(bandwidth, rel=1e-3)
+    assert (device.capability, device.sms) == (90, 132)

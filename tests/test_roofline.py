@@ -1,0 +1,43 @@
+"""The estimates that choose where nothing was measured."""
+
+import dataclasses
+
+import pytest
+
+from fastlora.device import Device
+from fastlora.kernels import configs
+from fastlora.roofline import ROOFLINES, estimate, roofline_of
+
+
+def test_the_estimate():
+    """Times are positive, grow with the work, and a faster loop or memory never costs more."""
+    roofline = next(iter(ROOFLINES.values()))
+    config = configs.select_gemm(80, 4096, 4096, 16, 2, False)
+    small = estimate("gemm", roofline, 108, 4096, 4096, 4096, 16, config)
+    large = estimate("gemm", roofline, 108, 4096, 8192, 4096, 16, config)
+    assert all(0 < a < b for a, b in zip(small, large, strict=True))
+    better = dataclasses.replace(roofline, flops=2 * roofline.flops, bytes=2 * roofline.bytes)
+    faster = estimate("gemm", better, 108, 4096, 4096, 4096, 16, config)
+    assert all(a < b for a, b in zip(faster, small, strict=True))
+    # Compute-bound: no less than the operations at peak rate, no more than twice that.
+    floor = 2 * 4096**3 / roofline.flops
+    assert all(floor < seconds < 2 * floor for seconds in small)
+
+
+def test_the_last_tiles_leave_multiprocessors_idle():
+    """A tile more than there are multiprocessors takes as long as twice as many."""
+    roofline = ROOFLINES[80]
+    config = configs.select_gemm(80, 8192, 4096, 16, 2, False)
+
+    def seconds(rows, columns):
+        return estimate("gemm", roofline, 108, 128 * rows, 4096, 128 * columns, 16, config)[0]
+
+    assert seconds(10, 11) == pytest.approx(seconds(12, 18), rel=0.01)
+    assert seconds(12, 18) > 1.9 * seconds(9, 12)
+
+
+def test_geforce_sums_at_half_the_rate():
+    workstation = Device("cuda", "RTX 6000 Ada", 89, 128)
+    geforce = dataclasses.replace(workstation, name="NVIDIA GeForce RTX 4090")
+    for device, factor in ((workstation, 1), (geforce, 2)):
+        assert roofline_of(device).flops * factor == pytest.approx(362e12 * 128 / 142)
