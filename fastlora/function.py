@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,16 +76,32 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
-# Function.apply binds the arguments to forward's signature on every call, which takes longer than a small
-# layer's products; the C method it then calls takes them as they are.
-_apply_in_c = super(torch.autograd.Function, _LoRALinear).apply
+def quick_apply(function: Any) -> Callable[..., Any]:
+    """``function.apply`` of an autograd function, without binding the arguments to forward's signature.
+
+    That takes longer than a small layer's products; the C method that is called in the end takes them as they
+    are. Compiled code needs the whole.
+    """
+    in_c = super(torch.autograd.Function, function).apply
+
+    def apply(*arguments):
+        return (function.apply if torch.compiler.is_compiling() else in_c)(*arguments)
+
+    return apply
 
 
-def _apply(*arguments):
-    """Apply the function; compiled code needs the whole of ``Function.apply``."""
-    if torch.compiler.is_compiling():
-        return _LoRALinear.apply(*arguments)
-    return _apply_in_c(*arguments)
+_apply = quick_apply(_LoRALinear)
+
+
+class Operands(NamedTuple):
+    """What a layer's output depends on, apart from x: one branch of a group."""
+
+    weight: Tensor  # (N, K)
+    bias: Tensor | None  # (N,)
+    A: Tensor  # (N, R)
+    B: Tensor  # (R, K)
+    alpha: float | Tensor
+    dropout: float
 
 
 def _describe(**tensors: Tensor | None) -> str:

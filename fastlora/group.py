@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastlora import masks, ops, reference
 from fastlora.function import (
     PLAIN_TENSORS,
+    Operands,
     any_dtensor,
     as_number,
     autocast_on,
@@ -25,6 +26,7 @@ from fastlora.function import (
     compute_dtype,
     lora_linear,
     needs_plain_operations,
+    quick_apply,
     shared_seed,
     with_whole_gradients,
 )
@@ -100,14 +102,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         return dx if need_dx else None, None, None, None, None, *[None] * n, *dAs, *dBs, *dbiases
 
 
-# As in fastlora.function: the C method takes the arguments without binding them to forward's signature.
-_apply_in_c = super(torch.autograd.Function, _LoRALinearGroup).apply
-
-
-def _apply(*arguments):
-    if torch.compiler.is_compiling():
-        return _LoRALinearGroup.apply(*arguments)
-    return _apply_in_c(*arguments)
+_apply = quick_apply(_LoRALinearGroup)
 
 
 def _by_kind(values: Sequence) -> tuple[list, list, list, list]:
@@ -295,10 +290,9 @@ class _Call:
         if isinstance(branches, str):
             return None
         weights, biases, As, Bs, alphas, dropouts = zip(*branches, strict=True)
+        ys = lora_linear_group(x, weights, As, Bs, alphas, biases, dropouts[0])
         own = None
-        for member, y in zip(
-            group, lora_linear_group(x, weights, As, Bs, alphas, biases, dropouts[0]), strict=True
-        ):
+        for member, y in zip(group, ys, strict=True):
             if member is layer:
                 own = y
             else:
@@ -325,7 +319,7 @@ def _state(x: Tensor) -> tuple:
     )
 
 
-def _branches(group: Sequence[Any], x: Tensor | None) -> list[tuple] | str:
+def _branches(group: Sequence[Any], x: Tensor | None) -> list[Operands] | str:
     """What each layer would compute x with, or why they stay single; x None: as far as is known without."""
     branches = []
     for layer in group:
@@ -333,16 +327,16 @@ def _branches(group: Sequence[Any], x: Tensor | None) -> list[tuple] | str:
         if isinstance(branch, str):
             return branch
         branches.append(branch)
-    weight, *_, dropout = branches[0]
-    if any(other.dim() != 2 for other, *_ in branches):
+    if any(branch.weight.dim() != 2 for branch in branches):
         return "sharded or otherwise special parameters"  # FSDP1's are flat
-    for other, *_, other_dropout in branches[1:]:
-        if other.shape[1] != weight.shape[1]:
-            return f"in_features {weight.shape[1]} and {other.shape[1]} differ"
-        if other.dtype != weight.dtype or other.device != weight.device:
+    weight, dropout = branches[0].weight, branches[0].dropout
+    for other in branches[1:]:
+        if other.weight.shape[1] != weight.shape[1]:
+            return f"in_features {weight.shape[1]} and {other.weight.shape[1]} differ"
+        if other.weight.dtype != weight.dtype or other.weight.device != weight.device:
             return "dtypes or devices differ"
-        if other_dropout != dropout:
-            return f"dropout {dropout:g} and {other_dropout:g} differ"
+        if other.dropout != dropout:
+            return f"dropout {dropout:g} and {other.dropout:g} differ"
     return branches
 
 

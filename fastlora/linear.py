@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.function import autocast_on, check_alpha, check_dropout, lora_linear
+from fastlora.function import Operands, autocast_on, check_alpha, check_dropout, lora_linear
 
 _OWN_ATTRIBUTES = (
     "alpha",
@@ -255,8 +255,8 @@ class FusedLoRALinear(nn.Linear):
         dropout = self.dropout if self.training else 0.0
         return lora_linear(input, self.weight, self.A, self.B, self.alpha, self.bias, dropout)
 
-    def _group_branch(self, x: Tensor | None) -> tuple | str:
-        """(weight, bias, A, B, alpha, dropout) for a group that computes x, or why the layer stays single.
+    def _group_branch(self, x: Tensor | None) -> Operands | str:
+        """The layer's part of a group that computes x, or why it stays single.
 
         x None: as far as is known without it.
         """
@@ -279,7 +279,7 @@ class FusedLoRALinear(nn.Linear):
                 return "sharded or otherwise special parameters"
             if not self._fits(x):
                 return "another shape, dtype or device"
-        return *tensors, self.alpha, self.dropout if self.training else 0.0
+        return Operands(*tensors, self.alpha, self.dropout if self.training else 0.0)
 
     def _fits(self, x: Tensor) -> bool:
         """Whether lora_linear would take x; where not, each layer raises its own error."""

@@ -8,7 +8,7 @@ and go), so every call looks at them anew and nothing is remembered but the last
 from __future__ import annotations
 
 import numbers
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fastlora import ops
-from fastlora.function import autocast_on, compute, needs_plain_operations
+from fastlora.function import Operands, autocast_on, compute, needs_plain_operations
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALF, torch.float64)
@@ -24,17 +24,6 @@ _FLOATS = (torch.float32, *_HALF, torch.float64)
 _CASTABLE = (torch.float32, *_HALF)
 _PLAIN = (nn.Parameter, Tensor)
 _DROPOUTS = (nn.Identity, nn.Dropout)
-
-
-class Operands(NamedTuple):
-    """What the fused form of a layer's one active adapter is called with, apart from x."""
-
-    weight: Tensor  # (N, K)
-    bias: Tensor | None  # (N,)
-    A: Tensor  # (N, R): lora_B.weight
-    B: Tensor  # (R, K): lora_A.weight
-    scaling: float | Tensor
-    dropout: float
 
 
 class FusedLinear(LoraLinear):
@@ -49,8 +38,8 @@ class FusedLinear(LoraLinear):
     # The last call's reason for PEFT's own forward, "" if it was fused, None before the first call.
     _fastlora_last: str | None = None
 
-    def _group_branch(self, x: Tensor | None) -> tuple | str:
-        """What fastlora.group computes x with, or why the layer stays single."""
+    def _group_branch(self, x: Tensor | None) -> Operands | str:
+        """The layer's part of a group that computes x, or why it stays single."""
         return _branch_of(self, x)
 
     def _get_name(self) -> str:
@@ -82,8 +71,8 @@ class FusedLinear(LoraLinear):
         return compute(x, weight, A, B, float(scaling), bias, dropout, seed)
 
 
-def _branch_of(layer: FusedLinear, x: Tensor | None) -> tuple | str:
-    """(weight, bias, A, B, alpha, dropout) for a group that computes x, or why the layer stays single.
+def _branch_of(layer: FusedLinear, x: Tensor | None) -> Operands | str:
+    """The layer's part of a group that computes x, or why it stays single.
 
     x None: as far as is known without it.
     """
@@ -92,9 +81,9 @@ def _branch_of(layer: FusedLinear, x: Tensor | None) -> tuple | str:
     found = find_operands(layer)
     if isinstance(found, str):
         return found
-    if isinstance(found.scaling, Tensor):
+    if isinstance(found.alpha, Tensor):
         return "scaling is a tensor"
-    return (x is not None and why_not_input(layer, x, found)) or tuple(found)
+    return (x is not None and why_not_input(layer, x, found)) or found
 
 
 def why_not_extra(args: tuple, kwargs: dict[str, Any]) -> str:
@@ -103,7 +92,10 @@ def why_not_extra(args: tuple, kwargs: dict[str, Any]) -> str:
 
 
 def find_operands(layer: LoraLinear) -> Operands | str:
-    """The operands of the fused form as the layer is now, or why PEFT's own forward has to run."""
+    """The operands of the fused form as the layer is now, or why PEFT's own forward has to run.
+
+    Of the one active adapter: A is ``lora_B.weight``, B ``lora_A.weight`` and alpha ``scaling``.
+    """
     if layer._disable_adapters:
         return "adapters disabled"
     if layer.merged_adapters:
