@@ -77,7 +77,7 @@ def _build_eager(problem: Problem) -> Layer:
     return Layer(lambda x: eager_lora(x, p.weight, A, B, p.alpha, p.bias, p.dropout), (A, B))
 
 
-def _build_seed(problem: Problem) -> Layer:
+def _build_merged(problem: Problem) -> Layer:
     p, (A, B) = problem, _adapters(problem)
     return Layer(lambda x: merged_lora(x, p.weight, A, B, p.alpha, p.bias), (A, B))
 
@@ -323,7 +323,7 @@ PROVIDERS = {
     for provider in (
         Provider(FLOOR, _build_frozen, "frozen nn.Linear, forward and dx: the floor"),
         Provider("frozen-again", _build_frozen, "the same once more: its ratio is this run's noise"),
-        Provider("seed", _build_seed, "merged weight each step", dropout=False),
+        Provider("merged", _build_merged, "merged weight each step", dropout=False),
         Provider("eager", _build_eager, "the formula in PyTorch"),
         Provider(
             "peft",

@@ -416,6 +416,11 @@ def _exactly(name: str) -> str:
 def _lora_alpha(layer: FusedLoRALinear) -> float:
     """PEFT's lora_alpha, which it divides by the rank again; a whole number where that gives the same."""
     exact = layer.alpha * layer.rank
+    if not is_finite(exact):
+        raise ValueError(
+            f"save_adapter: PEFT's lora_alpha is alpha * rank, {layer.alpha} * {layer.rank} of {layer}: "
+            "too large for a float"
+        )
     return round(exact) if round(exact) / layer.rank == layer.alpha else exact
 
 

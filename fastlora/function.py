@@ -145,9 +145,16 @@ def shared_seed(x: Tensor) -> Tensor:
 
 
 def as_number(value: Any) -> Any:
-    """A tensor of one element that wants no gradient as a number; anything else as it is."""
-    single = isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad
-    return float(value) if single else value
+    """A real tensor of one element that needs no gradient, or a NumPy scalar, as a Python number.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, Tensor):
+        known = value.numel() == 1 and not (value.requires_grad or value.is_complex() or value.is_meta)
+        return float(value) if known else value
+    # NumPy's float32 would be compared with Python's largest float in its own, narrower range.
+    foreign = isinstance(value, numbers.Real) and not isinstance(value, (float, numbers.Rational))
+    return float(value) if foreign else value
 
 
 def is_finite(value: Any) -> bool:

@@ -660,6 +660,15 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
         return int(text)
 
+    def minutes(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not value > 0.0:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number of minutes")
+        return value
+
     parser = argparse.ArgumentParser(
         prog="python -m fastlora tune",
         description="Check and time the paths of a LoRA layer on this GPU; fastlora then takes the fastest.",
@@ -679,7 +688,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--out", type=Path, help="file to write, the one that plan reads if not given")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no shape after so long")
+    parser.add_argument("--minutes", type=minutes, default=math.inf, help="start no shape after so long")
     parser.add_argument(
         "--resume", action="store_true", help="leave out what the file has rows of, measured on this GPU"
     )

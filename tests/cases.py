@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import FACTOR, FLOOR, errors, lay_out
+from tolerance import FACTOR, FLOOR, errors
 from torch import Tensor
 
 import fastlora
@@ -59,11 +59,6 @@ def tensors(lead, N, K, R, dtype=torch.float32, adapter_dtype=None, device="cpu"
         bias=normal(N) if bias else None,
         dy=normal(*lead, N),
     )
-
-
-def relaid(values: Tensor, layout: str) -> Tensor:
-    """A matrix as a view of a NaN-filled buffer, or a tensor of any rank unchanged for "contiguous"."""
-    return lay_out(values, layout)
 
 
 def differentiate(function, case, wanted=("x", "A", "B", "bias"), dy=None):

@@ -99,8 +99,8 @@ def main():
         for dropout in (0.0, 1 / 65536):
             try:
                 run_layers(*shape, dtype, dropout)
-            except Exception as error:
-                error.add_note(f"M, K, N, R = {shape}, {dtype}, {dropout=}")
+            except Exception:
+                print(f"M, K, N, R = {shape}, {dtype}, {dropout=}", file=sys.stderr)
                 raise
     for shape in HOPPER_SHAPES if arch == 90 else ():
         run_hopper(*shape)

@@ -334,6 +334,12 @@ class TestOursInPeft:
         assert files(tmp_path / "a") == files(tmp_path / "b")
         assert again.blocks[0]["up"].alpha == pytest.approx(alpha, rel=4e-16)
 
+    def test_an_alpha_too_large_for_pefts_form(self, tmp_path):
+        model = fastlora.apply_lora(Net(), ["up"], 8, 1e308)
+        with pytest.raises(ValueError, match=r"PEFT's lora_alpha is .* 1e\+308 \* 8 of FusedLoRA"):
+            fastlora.save_adapter(model, tmp_path / "adapter")
+        assert not (tmp_path / "adapter").exists()
+
     def test_the_most_common_dropout_is_written(self, tmp_path):
         model = fastlora.apply_lora(Net(), ["up"], dropout=0.5)
         fastlora.apply_lora(model, ["blocks.0.down"], dropout=0.25)

@@ -55,7 +55,7 @@ def problem(shape=SMALL, dtype=torch.float32, **options):
 # --- Shapes ---
 
 
-def test_shape_lists_are_those_of_the_issue():
+def test_shape_lists():
     features = {(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192)}
     llm = {(s.M, s.N, s.K, s.R) for s in shapes.TRAINING_SHAPES + shapes.DECODE_SHAPES}
     assert llm == {
@@ -278,7 +278,7 @@ def test_every_provider_is_right_or_says_why_not(dtype, dropout):
     assert all(status.startswith("unavailable: ") for status in unavailable.values()), unavailable
     must_run = {"frozen", "frozen-again", "eager", "peft", "fastlora", "fastlora-addmm", "fastlora-reference"}
     if dropout == 0.0:
-        must_run |= {"seed", "addmm", "addmm-base-last"}
+        must_run |= {"merged", "addmm", "addmm-base-last"}
     if dtype == torch.bfloat16:
         must_run |= {"peft-same-dtype", "fastlora-fp32-adapters"}
     assert not must_run & unavailable.keys(), unavailable
@@ -417,9 +417,9 @@ def test_dropout_of_fastlora_is_checked_against_its_mask():
 
 
 def test_select_names_the_floor_and_refuses_unknown_names():
-    chosen = {kind: [p.name for p in table] for kind, table in tables.select("peft, seed").items()}
+    chosen = {kind: [p.name for p in table] for kind, table in tables.select("peft, merged").items()}
     assert chosen == {
-        Shape: ["frozen", "seed", "peft"],
+        Shape: ["frozen", "merged", "peft"],
         GroupShape: ["frozen", "peft"],
         ModelShape: ["frozen", "peft"],
     }
@@ -620,7 +620,7 @@ def test_ratio_is_taken_within_a_round():
 
 
 def test_saved_bytes():
-    """Beyond x and the parameters: M * R for fastlora, PEFT's copies in float32, the seed's whole weight."""
+    """Beyond x and the parameters: M * R for fastlora, PEFT's copies in float32, the whole merged weight."""
     shape = Shape(64, 48, 40, 4)
     p = problem(shape, torch.bfloat16)
 
@@ -631,7 +631,7 @@ def test_saved_bytes():
 
     assert saved("frozen") == 0
     assert saved("fastlora") == shape.M * shape.R * 2
-    assert saved("seed") == shape.N * shape.K * 2
+    assert saved("merged") == shape.N * shape.K * 2
     assert saved("peft") == shape.M * (shape.K + shape.R) * 4
 
 
@@ -1146,7 +1146,7 @@ def test_pytest_benchmarks_fail_where_fastlora_is_wrong(tmp_path):
             import dataclasses, providers
             p = providers.PROVIDERS
             for name in ("eager", "fastlora-addmm"):
-                p[name] = dataclasses.replace(p[name], build=lambda problem: providers._build_seed(
+                p[name] = dataclasses.replace(p[name], build=lambda problem: providers._build_merged(
                     dataclasses.replace(problem, alpha=2.0)))
             """
         )
@@ -1154,7 +1154,7 @@ def test_pytest_benchmarks_fail_where_fastlora_is_wrong(tmp_path):
     arguments = ["-p", "wrong", "--bench-shape", "5,24,17,3", "--bench-modes", "both"]
     arguments += [
         "--bench-providers",
-        "seed,eager,unsloth,fastlora-addmm",
+        "merged,eager,unsloth,fastlora-addmm",
         "--bench-seconds",
         "0.01",
         "--bench-out",
@@ -1168,7 +1168,7 @@ def test_pytest_benchmarks_fail_where_fastlora_is_wrong(tmp_path):
     assert "eager check failed: y: largest error" in run.stdout
     assert "unsloth unavailable: apply_lora_o has no bias" in run.stdout
     rows, _ = results.read_csv(tmp_path / "out" / "linear.csv")
-    assert {row.provider for row in rows if row.ratio} == {"frozen", "seed"}
+    assert {row.provider for row in rows if row.ratio} == {"frozen", "merged"}
     assert (tmp_path / "out" / "linear.png").exists()
 
 

@@ -763,6 +763,9 @@ BAD = [
     ({"alpha": 10**400}, ValueError, ["alpha", "finite"]),
     ({"alpha": "1"}, TypeError, ["alpha", "'1'"]),
     ({"alpha": None}, TypeError, ["alpha", "None"]),
+    ({"alpha": torch.tensor(1j)}, TypeError, ["alpha must be a number", "1.j"]),
+    ({"alpha": torch.ones(1, device="meta")}, TypeError, ["alpha must be a number", "meta"]),
+    ({"alpha": torch.ones(2)}, TypeError, ["alpha must be a number"]),
     ({"x": [[1.0] * 8]}, TypeError, ["x", "list"]),
     ({"weight": None}, TypeError, ["weight", "None"]),
     ({"A": None}, TypeError, ["A", "None"]),
@@ -808,9 +811,8 @@ class TestBadInput:
         numpy = pytest.importorskip("numpy")
         case = tensors(9, 24, 40, 4, device=run.device)
         expected = fused(0.5, path=run.path)(case.x, case.weight, case.A, case.B)
-        assert torch.equal(
-            expected, fused(numpy.float64(0.5), path=run.path)(case.x, case.weight, case.A, case.B)
-        )
+        for alpha in (numpy.float64(0.5), numpy.float32(0.5), numpy.float16(0.5), torch.tensor([0.5])):
+            assert torch.equal(expected, fused(alpha, path=run.path)(case.x, case.weight, case.A, case.B))
 
     def test_same_result_as_nn_functional_at_zero_update(self):
         case = tensors(9, 24, 40, 4)

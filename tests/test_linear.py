@@ -987,6 +987,11 @@ def test_the_rank_is_that_of_the_adapter():
     assert layer.rank == 2
     assert "rank=2" in repr(layer)
     numpy = pytest.importorskip("numpy")
+    layer = fastlora.FusedLoRALinear(4, 4, 2, numpy.float32(0.3))
+    assert type(layer.alpha) is float
+    for infinite in (numpy.float16("inf"), numpy.float32("inf"), numpy.float64("nan")):
+        with pytest.raises(ValueError, match=r"alpha must be finite, got (inf|nan)"):
+            layer.alpha = infinite
     assert fastlora.FusedLoRALinear(4, 4, numpy.int64(3)).A.shape == (4, 3)
 
 

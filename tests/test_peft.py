@@ -38,7 +38,7 @@ def close(actual, expected):
     assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
-# Whole models: the seed's case is T5 with q, v, r = 8, lora_alpha = 16 and dropout 0.1.
+# Whole models, T5 with q, v, r = 8, lora_alpha = 16 and dropout 0.1 among them.
 
 
 def gpt2():

@@ -938,7 +938,18 @@ class TestArguments:
         assert stop.value.code == 2
         assert "expected M,N,K,R" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("argv", [["--tokens", "0"], ["--ranks", "x"], ["--dtype", "fp32"]], ids=str)
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["--tokens", "0"],
+            ["--ranks", "x"],
+            ["--dtype", "fp32"],
+            ["--minutes", "nan"],
+            ["--minutes", "0"],
+            ["--minutes", "x"],
+        ],
+        ids=str,
+    )
     def test_malformed_options(self, argv):
         with pytest.raises(SystemExit):
             tune.main(["--list", *argv])
