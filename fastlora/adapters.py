@@ -232,7 +232,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         for path, layer in layers.items()
         if layer.rank != config.rank_of(_file_path(path))
     }
-    prepare(model, {path: config.layer_spec(path, m, state) for path, m in new.items()}, saved)
+    prepare(
+        model, {path: config.layer_spec(path, m, state) for path, m in new.items()}, saved, "load_adapter"
+    )
     for path, layer in adapted_layers(model).items():
         if path in resized:
             layer.A, layer.B = resized[path]
@@ -498,7 +500,7 @@ def _parse_config(raw: bytes, path: Path) -> AdapterConfig:
     try:
         fields = json.loads(raw)
     except ValueError as error:
-        raise ValueError(f"load_adapter: {path} is no JSON: {error}") from error
+        raise ValueError(f"load_adapter: {path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"load_adapter: {path} holds a {type(fields).__name__}, expected an object")
     _check_features(fields)

@@ -1,7 +1,7 @@
 """``disable_adapter``: the frozen model inside a block, without writing a parameter's values.
 
-What a module trains is taken out of it for the time of the block and the frozen tensor put in its place; of
-FSDP2, which would put its own parameters back, the values in the shards are exchanged instead.
+For the time of the block, what a module trains is taken out of it and the frozen tensor put in its place.
+FSDP2 would put its own parameters back, so there the values in the shards are exchanged instead.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from fastlora.targets import is_inside, listing, saved_modules
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block the model is the frozen one: no updates, and saved modules with their original values.
 
-    For the reference model of DPO and the like. Blocks nest and overlap, also those of several threads: the
-    model is the frozen one until the last of them ends. The parameters' values are not written (but in
-    FSDP2's shards, to which no graph refers), so that autograd graphs from outside stay valid, but what a
-    checkpoint recomputes inside the block it recomputes of the frozen model; call ``backward`` outside. Casts
-    and moves made inside last. A copy of the model made inside stays the frozen one, and ``state_dict`` warns
-    that it holds original values. Of a merged layer, the unmerged weight is held inside the block (the
-    original up to rounding). Of a model that FSDP2 shards, give the whole, not a part; its saved modules and
-    merged layers refuse a forward pass that records gradients.
+    For the reference model of DPO and the like.
+
+    - Blocks nest and overlap, in several threads too: the model is the frozen one until the last block ends.
+    - Parameter values are not written (except in FSDP2's shards, to which no graph refers), so autograd
+      graphs from outside stay valid. A checkpoint that is recomputed inside the block
+      recomputes the frozen model: call ``backward`` outside.
+    - Casts and device moves made inside the block persist. A copy of the model made inside stays frozen, and
+      ``state_dict`` warns that it holds original values.
+    - A merged layer has its unmerged weight inside the block (the original up to rounding).
+    - For a model that FSDP2 shards, pass the whole model, not a part of it; its saved modules and merged
+      layers refuse a forward pass that records gradients.
 
     Args:
         model: with at least one adapted layer (a PEFT model has a ``disable_adapter`` of its own).
@@ -53,7 +56,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         ValueError: on entry, if the model has no adapted layer; a saved module whose original values are
             unknown (it was on the meta device when it was marked) or cannot be put in (it is offloaded, which
             would put the trained values back).
-        TypeError: on entry, if ``model`` is no module.
+        TypeError: on entry, if ``model`` is not a module.
     """
     layers = require_layers(model, "disable_adapter")
     for path, layer in layers.items():

@@ -127,9 +127,10 @@ _CLIPS_PARTIAL_GRADIENTS_WRONGLY = TorchVersion(torch.__version__) < "2.13"
 
 
 def with_whole_gradients(parameters: Sequence[Any]) -> list[Tensor]:
-    """DTensors whose gradients have their own placements, summed over the ranks in backward already.
+    """DTensors, redistributed to their own placements so that backward sums their gradients over the ranks.
 
-    As they are where PyTorch clips partial gradients right itself, or none are recorded.
+    Without it they would get partial gradients, which clip_grad_norm_ mis-scales before torch 2.13. Returned
+    unchanged on newer versions and where no gradients are recorded.
     """
     if not (_CLIPS_PARTIAL_GRADIENTS_WRONGLY and torch.is_grad_enabled()):
         return list(parameters)
@@ -256,7 +257,7 @@ def check_arguments(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
-    """Raise ValueError (TypeError for things that are no tensors or numbers) unless the layer is defined."""
+    """Raise ValueError, or TypeError for what is not a tensor or number, unless the arguments fit."""
     try:
         if _is_regular(x, weight, A, B, alpha, bias, dropout, seed):
             return
@@ -340,7 +341,8 @@ def lora_linear(
     """y = x @ weight.T + alpha * (drop(x) @ B.T) @ A.T + bias, like ``F.linear`` with a LoRA update.
 
     Gradients flow to x, A, B and bias; ``weight`` is frozen. Beyond x, M * R elements are kept for backward.
-    The formula is that of Hu et al. (2021), section 4.1; :func:`fastlora.reference.lora_linear` states it.
+    The formula is that of Hu et al. (2021), section 4.1, with the names A and B exchanged and ``alpha`` for
+    their alpha / r; :mod:`fastlora.reference` states it.
 
     Args:
         x: (..., K) activations of any strides; M is the product of the leading sizes and may be 0.
@@ -361,7 +363,7 @@ def lora_linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not match, a rank below 1, a ``weight`` that requires a
             gradient, a dropout outside [0, 1] or NaN, an unusable seed.
-        TypeError: an argument that is no tensor or number.
+        TypeError: an argument that is not a tensor or a number, where one is expected.
         RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
     """
     alpha = as_number(alpha)

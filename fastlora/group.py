@@ -456,7 +456,7 @@ def group_projections(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: no siblings with adapters. The model is left as it was.
     """
     check_model(model, "group_projections")
@@ -503,7 +503,7 @@ def ungroup_projections(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     check_model(model, "ungroup_projections")
     for _, module, siblings in list(_hooked_parents(model)):

@@ -42,7 +42,7 @@ _HOOK_DICTS = (
 
 
 def _keep_fast_path_off(module: nn.Module, inputs: tuple) -> None:
-    """A hook that does nothing but be there.
+    """A hook that does nothing: its presence switches the fast path of ``nn.TransformerEncoderLayer`` off.
 
     In eval mode ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` itself and never calls the layer, so
     an adapter would be silently ignored; it does not where a submodule has a hook.
@@ -101,7 +101,7 @@ def why_unusable(linear: nn.Linear) -> str | None:
     own = (*_OWN_ATTRIBUTES, *_OWN_PARTS)
     taken = [name for name in extra if name in own or hasattr(FusedLoRALinear, name)]
     if taken:
-        return f"it holds {', '.join(sorted(taken))}, which the adapted layer has a use of its own for"
+        return f"it holds {', '.join(sorted(taken))}, a name that FusedLoRALinear reserves"
     if linear.weight.dtype not in _DTYPES:
         return f"its weight is {linear.weight.dtype}, expected a floating-point dtype of 16, 32 or 64 bits"
     return None
@@ -125,7 +125,7 @@ class FusedLoRALinear(nn.Linear):
 
     Raises:
         ValueError: rank below 1, dropout outside [0, 1], non-finite alpha, an integer dtype for the adapters.
-        TypeError: a rank that is no integer, an alpha or dropout that is no number.
+        TypeError: a rank that is not an integer, an alpha or dropout that is not a number.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class FusedLoRALinear(nn.Linear):
         return layer
 
     def reset_parameters(self) -> None:
-        """Weight and bias as ``nn.Linear`` initialises them, and the adapter; errors as of its own."""
+        """Initialise weight and bias as ``nn.Linear`` does, then call :meth:`reset_lora_parameters`."""
         adapted = "A" in self._parameters  # nn.Linear.__init__ calls this before the adapter exists.
         if adapted:
             self._check_resettable("reset_parameters")

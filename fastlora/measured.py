@@ -27,18 +27,18 @@ from fastlora.kernels.configs import ALIGNED
 # Raised whenever the meaning of a row changes, or the kernels so much that older times are of no use.
 VERSION = 2
 OK = "ok"
-# The products of a layer, and with them the sizes that each depends on; "forward" is h and y together, which
-# one launch makes for few tokens, "g+dA" these two together, which one launch makes from one reading of dy.
+# The products of a layer with the sizes that each depends on. "forward" is h and y made by one launch, for
+# few tokens; "g+dA" is g and dA made by one launch, which reads dy once.
 SIZES = {"h": "K", "y": "NK", "g": "N", "dx": "NK", "dA": "N", "dB": "K", "forward": "NK", "g+dA": "N"}
-# The paths of each product; "together" is the one launch, "apart" g and dA each on its own fastest path. Of
-# dx with dropout, "addmm" is the BLAS's product and the kernel that adds the update.
+# The paths of each product. "together" is the one launch, "apart" is g and dA each on its own fastest path.
+# For dx with dropout, "addmm" is the BLAS's product followed by the kernel that adds the update.
 PATHS = {
     **dict.fromkeys(SIZES, ("triton", "addmm")),
     "forward": ("small", "triton", "addmm"),
     "g+dA": ("together", "apart"),
 }
 DTYPES = ("float16", "bfloat16")
-# Rows decide for N and K up to a factor of two to this away from theirs; M and R have buckets.
+# A row applies where N and K differ from its own by at most a factor of 2**_NEAR; M and R have buckets.
 _NEAR = 0.5
 HOPPER = "+hopper"
 _SHIPPED = Path(__file__).with_name("measured.csv")

@@ -98,10 +98,10 @@ _FEW_DROPPED = 4096
 
 
 def few_mask(x: Tensor, dropout: float, dtype: torch.dtype) -> Tensor | None:
-    """A mask (M, K) of 0 and 1 in ``dtype`` for x: (..., K), None where a seed is better.
+    """A mask (M, K) of 0 and 1 in ``dtype`` for x: (..., K), None where a seed is to be used.
 
-    It is the mask that a CPU dropout in ``dtype`` draws (a product with a mask of bool takes twice the time),
-    and is kept for backward. It goes in the seed's place, where nobody is promised the mask of a seed.
+    It is the mask that ``F.dropout`` draws on a CPU in ``dtype`` (a product with a mask of bool takes twice
+    the time), and is kept for backward. It is passed in the seed's place: only where the caller gave no seed.
     """
     if x.numel() > _FEW_DROPPED or not _is_plain_cpu(x) or current_mode() != "auto":
         return None
@@ -112,7 +112,7 @@ def few_mask(x: Tensor, dropout: float, dtype: torch.dtype) -> Tensor | None:
 
 
 def _for_kernels(p: Tensor, mode: str) -> Tensor:
-    """p: (M, D), aligned unless a path was asked for: that takes p as it is."""
+    """p: (M, D), aligned where the planner chooses the path; an explicit path gets p as it is."""
     return _aligned(p) if mode == "auto" and p.is_cuda else p
 
 

@@ -48,7 +48,7 @@ def summary(model: nn.Module) -> str:
         The table, lines of text.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     check_model(model, "summary")
     groups: dict[tuple[str, str, str], list[str]] = {}

@@ -48,7 +48,7 @@ def fuse_peft(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: it has no LoRA linear layer of PEFT's. The model is left as it was.
         ImportError: PEFT is not installed.
     """
@@ -69,7 +69,7 @@ def unfuse_peft(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     check_model(model, "unfuse_peft")
     module = sys.modules.get("fastlora.peft_layer")  # imported if a fused layer exists

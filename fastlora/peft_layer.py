@@ -209,7 +209,7 @@ def _why_not_scaling(scaling: object) -> str | None:
 def why_not_input(layer: LoraLinear, x: Tensor, operands: Operands) -> str:
     """Why PEFT's own forward has to run for this x, or "".
 
-    Where it would raise PyTorch's own error for a shape, dtype or device, it does.
+    Invalid shapes, dtypes and devices are reasons too, so that PEFT raises the usual PyTorch error.
     """
     weight, bias, A, B, _, _ = operands
     if type(x) not in _PLAIN:

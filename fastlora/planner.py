@@ -42,9 +42,9 @@ _HOPPER_TOKENS = 128
 class Step:
     """How one product is computed: ``config`` is the kernel's tile shape, None unless ``path`` is triton.
 
-    Of dx with dropout the addmm form may have one too, an ``UpdateConfig``: a kernel then adds the dropped
-    update to the BLAS's product, where PyTorch's operations would write the mask. ``apart``: how it is
-    computed where the other product of its launch is not asked for.
+    For dx with dropout the addmm path may have a ``config`` too, an ``UpdateConfig``: a kernel then adds the
+    dropped update to the BLAS's product, where PyTorch's operations would write the mask to memory.
+    ``apart``: the step to take where the other product of a shared launch is not asked for.
     """
 
     primitive: str

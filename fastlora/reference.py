@@ -6,7 +6,8 @@
     dB = alpha * (dy @ A).T @ drop(x)
 
 x: (..., K), W: (N, K), B: (R, K), A: (N, R), bias: (N,); drop(x) = keep * x / (1 - p).
-The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
+The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1,
+with the names A and B exchanged and alpha standing for their alpha / r.
 
 Three primitives make all of it, in both directions; the Triton kernels carry the same names.
 """

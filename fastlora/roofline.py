@@ -53,7 +53,7 @@ _L2 = 1.3
 
 @functools.cache
 def roofline_of(device: Device) -> Roofline:
-    """The rates of a device; of one architecture, an H100's memory has 0.7 of the rate of an H200's."""
+    """The rates of this device: an H100 and an H200 share an architecture, but not a memory bandwidth."""
     capability, sms, bandwidth = configs.nearest_capability(device.capability), device.sms, device.bandwidth
     roofline = ROOFLINES[capability]
     halved = "GeForce" in device.name and capability in _GEFORCE_HALVES

@@ -94,7 +94,7 @@ def apply_lora(
             ``nn.Linear``, has an adapter already or is a module to save; the model itself is the layer; a
             rank below 1, a dropout outside [0, 1]; in DistributedDataParallel, which would not see the new
             parameters; adapters that PEFT trains, which would be frozen. The model is left as it was.
-        TypeError: ``model`` is no module, a name is no string, a rank, alpha or dropout is no number.
+        TypeError: ``model`` is not a module, a name not a string, a rank, alpha or dropout not a number.
     """
     check_model(model, "apply_lora")
     check_rank(rank)
@@ -107,7 +107,9 @@ def apply_lora(
     names = () if modules_to_save is None else checked_names(modules_to_save, "modules_to_save")
     saved = find_saved(model, names)
     targets = find_targets(model, target_modules, saved)
-    prepare(model, dict.fromkeys(targets, LayerSpec(rank, alpha, dropout, adapter_dtype)), saved)
+    prepare(
+        model, dict.fromkeys(targets, LayerSpec(rank, alpha, dropout, adapter_dtype)), saved, "apply_lora"
+    )
     return model
 
 
@@ -148,22 +150,26 @@ def check_unmerged(layers: Mapping[str, FusedLoRALinear], function: str) -> None
         raise ValueError(f"{function}: {listing(merged)} merged: call unmerge() first")
 
 
-def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[str]) -> None:
-    """Swap layers, freeze the rest and mark the modules to save; all names are known to be right.
+def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[str], function: str) -> None:
+    """Swap layers, freeze the rest and mark the modules to save; all names have been checked.
 
-    Everything that can fail, allocation above all, happens before the first change that would last.
+    Everything that can fail, allocation above all, happens before the first lasting change. Errors begin with
+    the name of ``function``.
 
     Raises:
-        ValueError: a parameter of a lazy module, which cannot be frozen before it has a shape.
+        ValueError: a parameter of a lazy module, which cannot be frozen before it has a shape; PEFT adapters
+            that are trained.
     """
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
-        raise ValueError(f"{listing(lazy)} of lazy modules have no shape yet: run the model once first")
+        raise ValueError(
+            f"{function}: {listing(lazy)} of lazy modules have no shape yet: run the model once first"
+        )
     of_peft = [path for path, m in model.named_modules() if _is_trained_by_peft(m)]
     if of_peft:
         raise ValueError(
-            f"PEFT's adapters of {listing(of_peft)} are trained and would be frozen; train with one or the "
-            "other, or freeze them first"
+            f"{function}: the PEFT adapters of {listing(of_peft)} are trainable and would be frozen. Use "
+            "either PEFT or fastlora, or freeze the PEFT adapters first"
         )
     modules = dict(model.named_modules())
     roots = [modules[path] for path in saved if "_saved_with_adapter" not in vars(modules[path])]
@@ -360,7 +366,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         ValueError: no adapted layer, or the model itself is one (use its ``to_linear``); a weight that
             another module holds too (tied embeddings) or that a parametrization computes; an update that is
             not finite; a model that FSDP2 shards; inside ``disable_adapter``. The model is left as it was.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     layers = require_layers(model, "merge_lora")
     if isinstance(model, FusedLoRALinear):
@@ -484,7 +490,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: no adapted layer; inside ``disable_adapter`` of a model with saved modules; tensors on the
             meta device.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     layers = require_layers(model, "adapter_state_dict")
     if any(uses_original(root) for root in saved_modules(model).values()):
@@ -510,9 +516,9 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
 
     Raises:
         ValueError: names missing or unexpected, tensors of another shape or without values (on the meta
-            device, there or in the model), an alpha that is no finite number, a merged layer, inside
+            device, there or in the model), an alpha that is not a finite number, a merged layer, inside
             ``disable_adapter``. Nothing is copied.
-        TypeError: ``model`` is no module, or ``state`` is no mapping.
+        TypeError: ``model`` is not a module, or ``state`` is not a mapping.
     """
     layers = require_layers(model, "load_adapter_state_dict")
     if not isinstance(state, Mapping):

@@ -221,7 +221,7 @@ def _expression(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"target_modules: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"target_modules: {pattern!r} is not a regular expression: {error}") from error
     return pattern
 
 

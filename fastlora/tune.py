@@ -549,7 +549,9 @@ def _configured_layers(path: Path) -> set[tuple[int, int, int | None]]:
         base = fields["base_model_name_or_path"]
         config = config_from(fields)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, re.error) as error:
-        raise ValueError(f"{path} is no adapter configuration: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} is not an adapter configuration: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(base, str):
         raise ValueError(f"{path}: base_model_name_or_path={base!r}, expected a name")
     model, selector = _meta_model(base), config.selector

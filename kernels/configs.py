@@ -327,7 +327,7 @@ def select_small(
 
     ``adapter_itemsize``: bytes of an element of A and B, 0 for x's.
     """
-    # At 16, Triton would let every warp make the whole tile of h, and with it that of y.
+    # With 16 columns every warp would compute the whole tile of h, and with it that of y.
     block_r = max(32, _rank_block(R))
     # Every program reads all of x and B.
     block_n = _widest((64, 32, 16), N, sms)

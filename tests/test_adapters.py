@@ -778,9 +778,9 @@ MALFORMED_CASES = {
 }
 MINIMAL = '{"peft_type": "LORA", "target_modules": ["up"], "lora_alpha": %s}'
 DAMAGES = {
-    "no json": (write_config("{"), f"{CONFIG} is no JSON"),
-    "no text": (lambda d: (d / CONFIG).write_bytes(b"\xff\xfe\x00"), f"{CONFIG} is no JSON"),
-    "empty config": (write_config(""), f"{CONFIG} is no JSON"),
+    "no json": (write_config("{"), f"{CONFIG} is not JSON"),
+    "no text": (lambda d: (d / CONFIG).write_bytes(b"\xff\xfe\x00"), f"{CONFIG} is not JSON"),
+    "empty config": (write_config(""), f"{CONFIG} is not JSON"),
     "a list": (write_config("[]"), "list"),
     "infinite alpha": (
         write_config(MINIMAL % "Infinity"),

@@ -318,7 +318,7 @@ class TestFromLinear:
     def test_a_buffer_whose_name_the_layer_uses(self, name):
         linear = nn.Linear(7, 5)
         linear.register_buffer(name, torch.ones(1))
-        with pytest.raises(ValueError, match=f"it holds {name}, which the adapted layer has a use"):
+        with pytest.raises(ValueError, match=f"it holds {name}, a name that FusedLoRALinear reserves"):
             FusedLoRALinear.from_linear(linear, 3)
 
 

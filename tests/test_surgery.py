@@ -306,7 +306,7 @@ BAD = {
     "part of a name": (Small, {"target_modules": ["ayers.0.q"]}, ValueError, "'ayers.0.q' matches no"),
     "expression": (Small, {"target_modules": r"layers\.9\..*"}, ValueError, rf"expression .*{EXISTING}"),
     "expression not whole": (Small, {"target_modules": "q"}, ValueError, r"as a whole .the list \['q'\]"),
-    "broken expression": (Small, {"target_modules": "q("}, ValueError, r"'q\(' is no regular expression"),
+    "broken expression": (Small, {"target_modules": "q("}, ValueError, r"'q\(' is not a regular expression"),
     "empty expression": (Small, {"target_modules": ""}, ValueError, "matches no module"),
     "no names": (Small, {"target_modules": []}, ValueError, f"no names were given; {EXISTING}"),
     "all-linear in a list": (Small, {"target_modules": ["all-linear"]}, ValueError, "matches no module"),
@@ -942,7 +942,7 @@ class TestStates:
         wrapped = peft.get_peft_model(Small(), peft.LoraConfig(target_modules=["q"]))
         with (
             unchanged(wrapped),
-            pytest.raises(ValueError, match=r"PEFT's adapters of .*layers\.\{0\.\.2\}\.q are"),
+            pytest.raises(ValueError, match=r"PEFT adapters of .*layers\.\{0\.\.2\}\.q are"),
         ):
             fastlora.apply_lora(wrapped, ["v"])
         wrapped.requires_grad_(False)
@@ -957,7 +957,7 @@ class TestStates:
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(False)
-        with unchanged(wrapped), pytest.raises(ValueError, match=r"PEFT's adapters of .*lm_head are trained"):
+        with unchanged(wrapped), pytest.raises(ValueError, match=r"PEFT adapters of .*lm_head are trainable"):
             fastlora.apply_lora(wrapped, ["v"])
         wrapped.requires_grad_(False)
         wrapped.base_model.model.layers[0].q.base_layer.weight.requires_grad_(True)
