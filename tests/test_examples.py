@@ -1,6 +1,7 @@
 """Small models trained with LoRA as a user would: layer, block, encoder, classifier, half precision."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -354,3 +355,16 @@ class TestMixedPrecision:
             losses.append(loss.item())
         assert_trained(model, losses, before, torch.float32)
         assert 1.0 < scaler.get_scale() < 2.0**40
+
+
+def test_the_quickstart_of_the_readme(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("safetensors")
+    readme = Path(__file__).resolve().parents[1] / "README.md"
+    code = readme.read_text(encoding="utf-8").partition("## Quickstart\n\n```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, str(readme), "exec"), names)
+    assert "trainable params: 4,688 || all params: 23,898" in capsys.readouterr().out
+    assert names["loss"] < 1.0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not any(isinstance(module, FusedLoRALinear) for module in names["model"].modules())
