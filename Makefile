@@ -26,7 +26,8 @@ lint:  ## check style, formatting and types
 
 clean:  ## remove .venv and what was built; .cache keeps what was downloaded
 	rm -rf .venv build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find . -name __pycache__ -prune -exec rm -rf {} + -o -name '*.egg-info' -prune -exec rm -rf {} +
+	rm -rf *.egg-info
+	find . -name '.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):  ## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
