@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastlora.atomic import replace_files
 from fastlora.function import any_dtensor, check_dropout, is_finite
@@ -55,6 +56,7 @@ from fastlora.targets import (
     listing,
     saved_modules,
     shorten,
+    why_never_called,
 )
 
 CONFIG_NAME = "adapter_config.json"
@@ -139,15 +141,18 @@ _ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the adapters and saved modules of a model in PEFT's format.
 
-    ``PeftModel.from_pretrained(base, directory)`` gives the same outputs. A merged layer's adapter is saved
+    ``PeftModel.from_pretrained(base, directory)`` gives the same outputs; a warning says where PEFT cannot
+    (dense layers of a mixture of experts that PEFT takes for the experts). A merged layer's adapter is saved
     like any other. Where layers differ in dropout, which matters in training alone, the most common one is
     written. Interrupted at any point, the directory holds the old adapter or the new one, whole; other files
     in it are kept. (A save that changes the config has a moment without it where the system cannot swap two
     directories in one step: outside Linux both adapters then lie whole beside the directory; in one that is a
     mount point, or whose parent cannot be written, the weights alone are there.) Where several processes hold
     the model, let one of them save; but sharded parameters (DTensors, as FSDP2 makes them) are gathered, so
-    there every process has to call, and writes the same. What ``torch.compile``, checkpoint wrappers and
-    data-parallel training add to names is left out.
+    there every process has to call, and writes the same. What ``torch.compile``, checkpoint wrappers,
+    data-parallel training and ``AveragedModel`` add to names is left out. PEFT compares the ends of names, so
+    ``modules_to_save=["classifier"]`` means a ``pre_classifier`` to it as well, whose values are then written
+    too.
 
     Args:
         model: with at least one adapted layer. directory: made if it does not exist.
@@ -166,7 +171,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     if any(uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("save_adapter: inside disable_adapter the saved modules hold original values")
     config = _config_of(model, layers)
-    own = _file_tensors(model)
+    own = _file_tensors(model) | _tensors_of(_also_saved(model))
     check_values(own, "save_adapter")
     tensors = {name: _whole(tensor) for name, tensor in own.items()}
     replace_files(
@@ -222,7 +227,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     new = {path: module for path, module in targets.items() if path not in layers}
     if new.keys() | (saved.keys() - saved_modules(model).keys()):
         check_not_parallel(given, "load_adapter")
-    check_adaptable(model, new, "load_adapter")
+    check_adaptable(model, new, "load_adapter", called=False)
     _check_tensors(config, targets, {**own_saved, **base, **_at(originals)}, state)
     own = {path: module.weight for path, module in targets.items()}
     check_values({**own, **own_saved}, "load_adapter")
@@ -235,6 +240,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     prepare(
         model, {path: config.layer_spec(path, m, state) for path, m in new.items()}, saved, "load_adapter"
     )
+    idle = [path for path in new if why_never_called(model, path)]
+    if idle:
+        warnings.warn(
+            f"load_adapter: the model may read the weights of {listing(idle)} without calling them; as in "
+            "PEFT, their adapters then do nothing until they are merged",
+            stacklevel=2,
+        )
     for path, layer in adapted_layers(model).items():
         if path in resized:
             layer.A, layer.B = resized[path]
@@ -297,11 +309,11 @@ def _file_path(path: str) -> str:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model inside what compiling and data-parallel training put around it."""
+    """The model inside what compiling, data-parallel training and weight averaging put around it."""
     while True:
         if _COMPILED in model._modules:
             model = model._modules[_COMPILED]
-        elif isinstance(model, DATA_PARALLEL):
+        elif isinstance(model, (*DATA_PARALLEL, AveragedModel)):
             model = model.module
         else:
             return model
@@ -383,7 +395,8 @@ def _config_of(model: nn.Module, layers: Mapping[str, FusedLoRALinear]) -> dict[
     own = {_file_path(path): layer for path, layer in layers.items()}
     names = [name for _, name, _ in _file_modules(model)]
     saved = [_file_path(path) for path in saved_modules(model)]
-    _check_names(model, saved)
+    _check_names(model)
+    _warn_of_experts(model, own)
     ranks = {name: layer.rank for name, layer in own.items()}
     alphas = {name: _lora_alpha(layer) for name, layer in own.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
@@ -448,20 +461,60 @@ def _ending_in(model: nn.Module, endings: Iterable[str]) -> set[nn.Module]:
     return {module for _, name, module in _file_modules(model, once=False) if name.endswith(endings)}
 
 
-def _check_names(model: nn.Module, saved: Iterable[str]) -> None:
-    """ValueError if PEFT would save other modules too, a warning if it would adapt a layer in one place."""
-    meant = saved_modules(model)
-    extra = _ending_in(model, saved) - set(meant.values())
-    if extra:
-        others = [path for path, m in model.named_modules() if m in extra]
+def _also_saved(model: nn.Module) -> dict[str, nn.Module]:
+    """What PEFT takes for modules to save beside those of the model, under their (first) names."""
+    saved = saved_modules(model)
+    meant = _ending_in(model, map(_file_path, saved)) - set(saved.values())
+    return {path: module for path, _, module in _file_modules(model) if module in meant}
+
+
+def _check_names(model: nn.Module) -> None:
+    """ValueError where PEFT's modules to save overlap, a warning where it would miss a layer's alias."""
+    saved, also = saved_modules(model), _also_saved(model)
+    whole = {**saved, **also}
+    overlapping = [path for path in also if is_inside(path, whole.keys() - {path})]
+    overlapping += [
+        path
+        for path, module in also.items()
+        if _is_adapted(module)
+        or adapted_layers(module)
+        or any(is_inside(other, [path]) for other in whole.keys() - {path})
+    ]
+    if overlapping:
         raise ValueError(
-            f"save_adapter: PEFT compares the ends of names and would take {listing(others)} for one of the "
-            f"modules to save, {listing(list(meant))}; rename one of them"
+            f"save_adapter: PEFT compares the ends of names and would also save {listing(overlapping)}, in "
+            f"or around what is adapted or saved, for {listing(list(saved))}; rename one"
         )
     tied = [", ".join(names) for m, names in all_paths(model).items() if _is_adapted(m) and len(names) > 1]
     if tied:
         warnings.warn(
             f"save_adapter: one layer has the names {'; '.join(tied)}, and PEFT would adapt the first alone",
+            stacklevel=4,
+        )
+
+
+def _warn_of_experts(model: nn.Module, names: Iterable[str]) -> None:
+    """Warn of layers that PEFT would not adapt: of some mixtures it takes their names for the experts'.
+
+    transformers 5 holds all experts in one parameter. For these models PEFT rewrites targets such as up_proj,
+    of dense layers and shared experts too, to that parameter.
+    """
+    if not any(
+        name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name, _ in model.named_parameters()
+    ):
+        return
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    family = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind)
+    taken = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, ())
+    lost = [name for name in names if name.rpartition(".")[2] in taken]
+    if lost:
+        warnings.warn(
+            f"save_adapter: PEFT takes {listing(lost)} of a {kind} model for its experts, so that "
+            "PeftModel.from_pretrained will not give the same outputs; fastlora.load_adapter does",
             stacklevel=4,
         )
 
@@ -477,6 +530,10 @@ def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
     config = getattr(model, "config", None)
     if config is None or (task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False)):
         return None
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        return None  # which PEFT's model of this task reads
+    if task == "QUESTION_ANS" and not hasattr(model, "qa_outputs"):
+        return None  # a model that generates its answers
     if task == "SEQ_2_SEQ_LM" and getattr(model, "main_input_name", "input_ids") != "input_ids":
         return None  # PEFT's forward for this task passes input_ids, which a model of speech does not take.
     heads = _ending_in(model, (*saved, *_TASK_HEADS.get(task or "", ())))

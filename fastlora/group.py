@@ -347,6 +347,8 @@ class _Siblings:
         self.groups = tuple(groups)
         # Groups that turned out to be called with different tensors.
         self.single: dict[tuple[str, ...], str] = {}
+        # Whether the last call had no input that all of them may be meant to take.
+        self.without_input = False
 
     def members(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Any, ...] | str:
         """The group's layers, or why it is none now."""
@@ -368,6 +370,8 @@ class _Siblings:
         if not groups:
             return None
         x = _only_input((*args, *kwargs.values()), groups[0][0].in_features)
+        if not torch.compiler.is_compiling():
+            self.without_input = x is None
         if x is None:
             return None
         if x.requires_grad and not torch.is_grad_enabled():
@@ -527,4 +531,5 @@ def group_states(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]
         for names in siblings.groups:
             layers = siblings.members(module, names)
             branches = layers if isinstance(layers, str) else _branches(layers, None)
-            yield path, names, branches if isinstance(branches, str) else ""
+            why = "no one input that all may take in the last call" if siblings.without_input else ""
+            yield path, names, branches if isinstance(branches, str) else why

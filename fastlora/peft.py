@@ -156,6 +156,10 @@ def _what_it_has(model: nn.Module) -> str:
         return "its LoRA layers are " + ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
     if targets.adapted_layers(model):
         return "its adapted layers are fastlora's own, which are fused already"
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict):
+        others = sorted({getattr(config.peft_type, "value", config.peft_type) for config in configs.values()})
+        return f"its PEFT adapters are of type {', '.join(others)}, not LORA"
     return f"wrap it by peft.get_peft_model first; {targets.available_layers(model)}"
 
 

@@ -76,7 +76,7 @@ def apply_lora(
             ``"all-linear"``: every module that is exactly an ``nn.Linear``, subclasses left out, but the
             output head, which is what the model's ``get_output_embeddings()`` returns, else its direct child
             called lm_head, score, classifier, qa_outputs or head. What lies inside ``modules_to_save`` is
-            left out.
+            left out, and what a transformers model is known to read without calling it.
         rank: R of every adapter. alpha: the multiplier of the update (PEFT's ``lora_alpha / r``).
         dropout: probability in [0, 1] of dropping an element of the update's input in training.
         adapter_dtype: of A and B; None for the dtype of the layer's weight.
@@ -354,7 +354,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     The update is added to the weights in place, without copying them; hooks, training modes and names stay,
     and saved modules keep what they learned. Afterwards nothing of fastlora is left in the model. Of a
     transformers model whose embeddings modules_to_save has untied, ``config.tie_word_embeddings`` becomes
-    False, with a warning: ``tie_weights()`` would throw away what one of them has learned.
+    False, with a warning: ``tie_weights()`` would throw away what one of them has learned. Of an
+    encoder-decoder, whose forward may read it, it stays True, with a warning too.
 
     Args:
         model: with at least one adapted layer.
@@ -419,7 +420,17 @@ def _keep_untied(model: nn.Module) -> None:
     if not getattr(config, "tie_word_embeddings", False) or not saved.intersection(ends):
         return
     weights = [getattr(end, "weight", None) for end in ends]
-    if None not in ends and weights[0] is not weights[1]:
+    if None in ends or weights[0] is weights[1]:
+        return
+    if getattr(config, "is_encoder_decoder", False):
+        # Some of these models read the flag in forward, and all tie more than these two by it.
+        warnings.warn(
+            "merge_lora: the input embedding and the head have weights of their own since modules_to_save "
+            "untied them. config.tie_word_embeddings stays True, as an encoder-decoder may depend on it; "
+            "check that a saved model loads as it was (transformers before 5 would tie the two again)",
+            stacklevel=3,
+        )
+    else:
         config.tie_word_embeddings = False
         warnings.warn(
             "merge_lora: the input embedding and the head have weights of their own since modules_to_save "

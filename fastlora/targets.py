@@ -17,8 +17,17 @@ from fastlora.linear import FusedLoRALinear, why_unusable
 ALL_LINEAR = "all-linear"
 # What transformers and plain PyTorch models call a head that no get_output_embeddings() names.
 _HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "head")
-# Their CUDA kernels take out_proj.weight and never call the layer; PEFT refuses the same models.
-_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+# Layers, by the last part of their names, whose weight a transformers model of these types reads without
+# calling the layer, always or in its CUDA kernels. PEFT refuses out_proj in the first five.
+_NEVER_CALLED = {
+    "out_proj": (
+        *("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"),
+        *("bamba", "granitemoehybrid", "wavlm", "zamba2"),
+    ),
+    "dt_proj": ("falcon_mamba", "jamba", "mamba"),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("wavlm",)),
+    **dict.fromkeys(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), ("layoutlmv3",)),
+}
 _SHOWN = 12
 
 
@@ -155,7 +164,11 @@ def find_targets(model: nn.Module, target_modules: str | Iterable[str], saved: S
     roots = [*(modules[path] for path in saved), *saved_modules(model).values()]
     if is_all_linear(target_modules):
         within = _modules_inside(roots)
-        targets = [path for path in linear_names(model) if modules[path] not in within]
+        targets = [
+            path
+            for path in linear_names(model)
+            if modules[path] not in within and not why_never_called(model, path)
+        ]
         of_peft = [path for path, module in modules.items() if path and hasattr(module, "get_base_layer")]
         if of_peft:
             raise ValueError(
@@ -172,11 +185,16 @@ def find_targets(model: nn.Module, target_modules: str | Iterable[str], saved: S
     return targets
 
 
-def check_adaptable(model: nn.Module, targets: Mapping[str, nn.Module], argument: str) -> None:
-    """ValueError naming the modules that cannot be replaced by an adapted layer, and why."""
+def check_adaptable(
+    model: nn.Module, targets: Mapping[str, nn.Module], argument: str, *, called: bool = True
+) -> None:
+    """ValueError naming the modules that cannot be replaced by an adapted layer, and why.
+
+    ``called``: whether layers that the model never calls are refused too.
+    """
     problems: dict[str, list[str]] = {}
     for path, module in targets.items():
-        why = _why_not_adaptable(model, path, module)
+        why = _why_not_adaptable(model, path, module) or (why_never_called(model, path) if called else None)
         if why:
             problems.setdefault(why, []).append(path)
     if problems:
@@ -271,15 +289,17 @@ def _why_not_adaptable(model: nn.Module, path: str, module: Any) -> str | None:
         return f"{kind.__qualname__}, expected exactly torch.nn.Linear"
     if path.rpartition(".")[2] == "_orig_mod":
         return "torch.compile wraps this very layer and would go on calling it; compile after adapting"
-    why = why_unusable(module)
-    if why:
-        return why
-    if path.rpartition(".")[2] == "out_proj":
-        types = [getattr(getattr(m, "config", None), "model_type", None) for m in above]
-        mamba = next((name for name in types if name in _MAMBA_TYPES), None)
-        if mamba:
-            return f"{mamba} reads its weight without calling it"
-    return None
+    return why_unusable(module)
+
+
+def why_never_called(model: nn.Module, path: str) -> str | None:
+    """Why an adapter on the layer called ``path`` would do nothing until it is merged, None if it would."""
+    types = _NEVER_CALLED.get(path.rpartition(".")[2])
+    if not types:
+        return None
+    above = [getattr(getattr(m, "config", None), "model_type", None) for m in _ancestors(model, path)]
+    found = next((name for name in above if name in types), None)
+    return found and f"{found} reads its weight without calling it, always or in its CUDA kernels"
 
 
 def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:

@@ -13,6 +13,7 @@ import tempfile
 import traceback
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -364,6 +365,75 @@ class TestOursInPeft:
         state = load_file(tmp_path / WEIGHTS)
         assert torch.equal(state[f"{PREFIX}blocks.1.up.lora_B.weight"], second.A)
 
+    def test_a_module_that_peft_takes_for_a_saved_one_is_written_too(self, tmp_path):
+        """PEFT compares the ends of names: to it DistilBERT's pre_classifier is a classifier."""
+        config = transformers.DistilBertConfig(vocab_size=48, dim=16, hidden_dim=24, n_layers=1, n_heads=2)
+
+        def made():
+            torch.manual_seed(5)
+            return transformers.DistilBertForSequenceClassification(config).eval()
+
+        model = shake(fastlora.apply_lora(made(), ["q_lin"], modules_to_save=["classifier"]))
+        fastlora.save_adapter(model, tmp_path)
+        assert f"{PREFIX}pre_classifier.weight" in load_file(tmp_path / WEIGHTS)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing.*")
+            assert_same_outputs(model, PeftModel.from_pretrained(made(), tmp_path))
+        assert same_outputs(model, fastlora.load_adapter(made(), tmp_path))
+        assert same_outputs(model, fastlora.load_adapter(model, tmp_path))
+
+    def test_a_mixture_whose_dense_layers_peft_takes_for_experts(self, tmp_path):
+        config = transformers.Qwen3MoeConfig(
+            vocab_size=48,
+            hidden_size=16,
+            intermediate_size=24,
+            moe_intermediate_size=8,
+            mlp_only_layers=[0],
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_experts=2,
+            num_experts_per_tok=1,
+        )
+
+        def made():
+            torch.manual_seed(5)
+            return transformers.Qwen3MoeForCausalLM(config).eval()
+
+        model = shake(fastlora.apply_lora(made(), ["q_proj", "up_proj"]))
+        with pytest.warns(
+            UserWarning, match=r"PEFT takes .*layers\.0\.mlp\.up_proj of a qwen3_moe .*experts"
+        ):
+            fastlora.save_adapter(model, tmp_path)
+        assert same_outputs(fastlora.load_adapter(made(), tmp_path), model)
+        model = shake(fastlora.apply_lora(made(), ["q_proj"]))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="save_adapter")
+            fastlora.save_adapter(model, tmp_path)
+        assert_same_outputs(model, PeftModel.from_pretrained(made(), tmp_path))
+
+    def test_an_averaged_model(self, tmp_path):
+        model = adapter(1)
+        fastlora.save_adapter(torch.optim.swa_utils.AveragedModel(model), tmp_path)
+        assert same_outputs(fastlora.load_adapter(make("net"), tmp_path), model)
+
+    @pytest.mark.parametrize("name", ["PlainForCausalLM", "PlainLMHeadModel", "PlainForQuestionAnswering"])
+    def test_the_task_of_a_model_is_not_in_its_name_alone(self, name, tmp_path):
+        """PEFT's model of the task would look for methods and heads of transformers' models."""
+        kind = type(name, (Net,), {"config": {"hidden_size": 8}})
+        fastlora.save_adapter(fastlora.apply_lora(kind(), ["up"]), tmp_path)
+        assert config_of(tmp_path)["task_type"] is None
+
+    def test_layers_that_a_model_never_calls_are_loaded_with_a_warning(self, tmp_path):
+        """PEFT trains such adapters, in vain: its files are to be read all the same."""
+        model = fastlora.apply_lora(nn.ModuleDict({"dt_proj": nn.Linear(4, 4)}), ["dt_proj"])
+        fastlora.save_adapter(model, tmp_path)
+        jamba = nn.ModuleDict({"dt_proj": nn.Linear(4, 4)})
+        jamba.config = SimpleNamespace(model_type="jamba")
+        with pytest.warns(UserWarning, match=r"load_adapter: .* weights of dt_proj without calling"):
+            fastlora.load_adapter(jamba, tmp_path)
+        assert isinstance(jamba["dt_proj"], FusedLoRALinear)
+
     def test_a_base_model_of_transformers_takes_no_unasked_for_head(self, tmp_path):
         """With SEQ_CLS PEFT would save the classifier too, which the file does not have."""
         fastlora.save_adapter(fastlora.apply_lora(make("bert"), ["query"]), tmp_path)
@@ -398,12 +468,14 @@ class TestRefusesToSave:
         model = fastlora.apply_lora(Net().to("meta"), ["up"])
         self.refuses(model, tmp_path, r"blocks\.\{0..1\}\.up\.lora_A.* meta device")
 
-    def test_a_module_that_peft_would_take_for_a_saved_one(self, tmp_path):
+    @pytest.mark.parametrize("inner", ["adapted", "saved"])
+    def test_modules_to_save_that_overlap_for_peft(self, inner, tmp_path):
         """PEFT compares the ends of names, dots or not."""
         model = Net()
-        model.overhead = nn.Linear(3, 3)
+        model.overhead = nn.ModuleDict({"up": nn.Linear(3, 3), "head": nn.Linear(3, 3)})
+        del model.overhead["head" if inner == "adapted" else "up"]
         fastlora.apply_lora(model, ["up"], modules_to_save=["head"])
-        self.refuses(model, tmp_path, "overhead")
+        self.refuses(model, tmp_path, "overhead.*rename one")
 
     def test_an_adapted_layer_that_peft_would_take_for_part_of_a_saved_module(self, tmp_path):
         model = nn.ModuleDict({"axb": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})

@@ -788,9 +788,11 @@ class TestSiblings:
         launches.clear()
         same_outcome(outcome(model[0], x, memory), apart_)
         assert launches == ["s"] * 3
+        assert "single: 0.q_proj/k_proj/v_proj (1): no one input that all may take" in fastlora.summary(model)
         launches.clear()
         same_outcome(outcome(model[0], x), outcome(fastlora.ungroup_projections(copy.deepcopy(model))[0], x))
         assert launches[0] == "g"
+        assert "grouped: 0.q_proj/k_proj/v_proj (1)" in fastlora.summary(model)
 
     @pytest.mark.parametrize("checkpointed", [False, True])
     def test_a_sibling_of_another_tensor_computes_alone(self, launches, checkpointed):

@@ -902,8 +902,12 @@ def test_one_layer_is_a_model_too():
             r"its LoRA layers are lora.Embedding \(1\)",
         ),
         (lambda: fastlora.apply_lora(Net(), ["first"]), "fastlora's own"),
+        (
+            lambda: get_peft_model(Net(), peft.LoHaConfig(target_modules=["first"])),
+            "its PEFT adapters are of type LOHA, not LORA",
+        ),
     ],
-    ids=["plain", "embedding", "fastlora"],
+    ids=["plain", "embedding", "fastlora", "loha"],
 )
 def test_nothing_to_fuse(build, words):
     with pytest.raises(ValueError, match=words):

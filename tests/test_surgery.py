@@ -169,6 +169,12 @@ class TestTargets:
         model.get_output_embeddings = lambda: model["vocabulary"]
         assert adapted(fastlora.apply_lora(model, "all-linear")) == ["body", "score"]
 
+    @pytest.mark.parametrize(
+        ("build", "kept"), [(lambda: mamba("falcon_h1"), "in_proj"), (lambda: wavlm(), "gru_rel_pos")]
+    )
+    def test_all_linear_leaves_what_is_never_called(self, build, kept):
+        assert adapted(fastlora.apply_lora(build(), "all-linear")) == [kept]
+
     def test_the_rest_is_frozen(self):
         model = fastlora.apply_lora(Small(), ["q"], modules_to_save=["score"])
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -282,6 +288,12 @@ def mamba(model_type, wrapped=False):
     return nn.ModuleDict({"backbone": mixer}) if wrapped else mixer
 
 
+def wavlm():
+    attention = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q_proj", "out_proj", "gru_rel_pos")})
+    attention.config = SimpleNamespace(model_type="wavlm")
+    return attention
+
+
 def lazy():
     model = Small()
     model.extra = nn.LazyLinear(3)
@@ -351,12 +363,7 @@ BAD = {
         r"attention\.out_proj .*never calls",
     ),
     "mamba": (lambda: mamba("mamba"), {"target_modules": ["out_proj"]}, ValueError, "out_proj .mamba reads"),
-    "mamba, all": (
-        lambda: mamba("falcon_h1"),
-        {"target_modules": "all-linear"},
-        ValueError,
-        "falcon_h1 reads",
-    ),
+    "wavlm": (lambda: wavlm(), {"target_modules": ["q_proj"]}, ValueError, r"q_proj .wavlm reads"),
     "mamba, wrapped": (
         lambda: mamba("mamba2", wrapped=True),
         {"target_modules": ["in_proj", "out_proj"]},
@@ -1071,6 +1078,15 @@ class TestMergeLora:
             fastlora.merge_lora(model)
         assert model.config.tie_word_embeddings is False
         torch.testing.assert_close(model(ids()), y)
+
+    def test_an_encoder_decoder_keeps_the_flag_that_its_forward_may_read(self):
+        model = WithConfig(tied=True).eval()
+        model.config.is_encoder_decoder = True
+        with pytest.warns(UserWarning, match="tie_weights"):
+            fastlora.apply_lora(model, ["q"], modules_to_save=["lm_head"])
+        with pytest.warns(UserWarning, match="config.tie_word_embeddings stays True"):
+            fastlora.merge_lora(model)
+        assert model.config.tie_word_embeddings is True
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("saved", [(), ("score",)])
