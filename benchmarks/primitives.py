@@ -21,7 +21,7 @@ from shapes import Shape
 from timing import alternate, captured, input_sets
 from torch import Tensor
 
-from fastlora.tune import DROPOUT, in_turn, least_read
+from fastlora.tune import DROPOUT, in_turn, least_read, raise_out_of_memory
 
 FLOOR = "blas"
 TRITON = "triton"
@@ -199,7 +199,8 @@ def failures(product: Product, device: torch.device) -> dict[str, str]:
         try:
             errors = _errors(kernel(), product.exact[name])
         except Exception as failure:
-            if isinstance(failure, torch.OutOfMemoryError) or not device_works(device):
+            raise_out_of_memory(failure)
+            if not device_works(device):
                 raise
             wrong[name] = f"error: {one_line(failure)}"
             continue
@@ -230,9 +231,8 @@ def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Me
     measurement = Measurement()
     try:
         makers = [products(problem, plan.section == "hopper", tiles) for problem in problems]
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as reason:
+        raise_out_of_memory(reason)
         measurement.rows = [
             replace(
                 base_row(shape, plan),

@@ -15,7 +15,7 @@ from importlib import metadata
 import torch
 
 import fastlora
-from fastlora import measured, planner
+from fastlora import measured, ops, planner
 from fastlora.device import Device, describe
 from fastlora.planner import Plan, Problem
 
@@ -75,6 +75,8 @@ def gpus() -> tuple[list[str], list[Device]]:
             lines.append(f"GPU {index:<9}does not answer: {str(error).splitlines()[0]}")
             continue
         lines.append(f"GPU {index:<9}{label(device)}, {device.sms} multiprocessors")
+        if planner.why_not_triton(Problem(device, torch.float16, 1, 1, 1, 1)) is None:
+            ops.exclude_if_no_kernel_starts(torch.device("cuda", index))
         devices.append(device)
     if not torch.version.hip:
         lines.append(f"driver       {driver()}, CUDA {torch.version.cuda}")

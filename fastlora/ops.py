@@ -26,6 +26,7 @@ from fastlora.planner import (
     Plan,
     Problem,
     Step,
+    exclude,
     make_group_plan,
     make_plan,
     remembered,
@@ -366,6 +367,43 @@ def _check_interpreter() -> None:
         )
 
 
+@functools.cache
+def why_no_kernel_starts(device: torch.device) -> str | None:
+    """Why Triton cannot start a kernel on this GPU, None where it can.
+
+    It builds a launcher with the machine's C compiler and Python's headers, and code for the GPU with its own
+    assembler; any of them may be missing or too old. The kernel is tiny and its result is not looked at.
+    """
+    from fastlora.kernels.project import project
+
+    if device.type != "cuda":
+        return None
+    try:
+        with torch.cuda.device(device):
+            one = torch.ones((1, 1), dtype=torch.float16, device=device)
+            project(one, one, ProjectConfig(16, 16, 16, num_warps=1, num_stages=1))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler, an assembler or a driver raises
+        text = (str(error).strip().splitlines() or [""])[0]
+        return f"no kernel starts on this GPU: {type(error).__name__}: {text}"[:300]
+    return None
+
+
+def exclude_if_no_kernel_starts(device: torch.device) -> str | None:
+    """Plan without kernels on a GPU where none starts, with a warning; why, or None where one does.
+
+    Nothing is tried while a CUDA graph is captured.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None
+    why = why_no_kernel_starts(device)
+    if why:
+        exclude(describe(device), why)
+        warnings.warn(f"fastlora: {why}; the addmm form runs instead", RuntimeWarning, stacklevel=2)
+    return why
+
+
 def _check_path(path: str, problem: Problem) -> None:
     """RuntimeError for a path that is known to compute the problem wrongly."""
     if path == "triton" and problem.device.kind == "cpu" and problem.dtype == torch.bfloat16:
@@ -387,6 +425,8 @@ def _plan(
     """The plan of a call, looked up by values that hash fast."""
     problem = Problem(describe(device), dtype, M, N, K, R, dropout, adapter_dtype)
     plan = make_plan(problem, mode)
+    if mode == "auto" and not plan.all_addmm and exclude_if_no_kernel_starts(device):
+        plan = make_plan(problem, mode)
     _check_path(plan.path, problem)
     return plan
 
@@ -563,6 +603,8 @@ def _group_plan(
         mode = "addmm"  # No kernel takes an empty tile.
     problem = Problem(describe(device), dtype, M, sum(Ns), K, sum(Rs), dropout, adapter_dtype)
     plan = make_group_plan(problem, Ns, Rs, mode)
+    if mode == "auto" and plan.launches and exclude_if_no_kernel_starts(device):
+        plan = make_group_plan(problem, Ns, Rs, mode)
     _check_path(plan.h.path, problem)
     return plan
 

@@ -196,7 +196,9 @@ def why_not_triton(problem: Problem) -> str | None:
         return f"the kernels are for NVIDIA GPUs, not {'ROCm' if device.rocm else device.kind}"
     if device.capability < configs.MIN_CAPABILITY:
         return f"the kernels need sm_{configs.MIN_CAPABILITY} or newer, this GPU is sm_{device.capability}"
-    return None
+    if device.capability not in configs.COMPILED_FOR:
+        return f"the kernels have not been compiled for sm_{device.capability} yet"
+    return _excluded.get(device)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -211,6 +213,16 @@ def remembered(function: Callable) -> Callable:
     cached = functools.lru_cache(maxsize=4096)(function)
     _forget.append(cached.cache_clear)
     return cached
+
+
+# Devices on which no kernel starts -> why.
+_excluded: dict[Device, str] = {}
+
+
+def exclude(device: Device, why: str) -> None:
+    """Plan without kernels on this device from now on; ``why`` becomes the reason of its plans."""
+    _excluded[device] = why
+    forget_plans()
 
 
 def forget_plans() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Shared memory one program may use, in bytes (CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability"), and the capability whose configurations an unlisted newer GPU borrows.
+# Compute Capability"), of the capabilities that have configurations of their own.
 SHARED_MEMORY = {
     80: 163 * 1024,
     86: 99 * 1024,
@@ -20,6 +20,8 @@ SHARED_MEMORY = {
     120: 99 * 1024,
 }
 MIN_CAPABILITY = 80
+# What the kernels are known to compile for, each with the configurations of the nearest one listed above.
+COMPILED_FOR = (80, 86, 87, 89, 90, 100, 103, 120, 121)
 MAX_RANK = 256
 # Branches that one launch of group_dx sums.
 MAX_BRANCHES = 4
@@ -242,7 +244,7 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
         steps = steps[1:]  # the longer steps spill
     if nearest_capability(capability) not in (90, 100) and block_m == 128:
         steps = steps[1:]  # the longer steps spill beside several rank blocks
-        if R <= 128 and not dropout:  # else four warps spill
+        if R <= 128 and R % 8 == 0 and not dropout:  # else four warps spill
             # Two programs a multiprocessor: one computes while the other is at its update or its last store.
             steps = [(4, 32, 4), *steps]
     return _first_fitting(
@@ -257,7 +259,9 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
 
 def select_update(R: int) -> UpdateConfig:
     """The configuration of update for rank R."""
-    return UpdateConfig(block_m=64, block_e=128, block_r=_rank_block(R, 32), num_warps=4)
+    block_r = _rank_block(R, 32)
+    # Beside several rank blocks four warps spill on sm_80 to 87 where M is no multiple of 16.
+    return UpdateConfig(block_m=64, block_e=128, block_r=block_r, num_warps=4 if R <= 32 else 8)
 
 
 def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize: int) -> TokenSumConfig:

@@ -9,7 +9,7 @@ import torch
 
 import fastlora
 from fastlora import __main__ as report_module
-from fastlora import measured, planner
+from fastlora import measured, ops, planner
 from fastlora.device import Device
 from fastlora.planner import Problem, make_plan
 
@@ -17,8 +17,11 @@ PRODUCTS = {"h": "project", "y": "gemm", "g": "project", "dx": "gemm", "dA": "to
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def machine(monkeypatch, *devices, driver="570.1"):
-    """This process believes in these GPUs; a device that is an exception does not answer."""
+def machine(monkeypatch, *devices, driver="570.1", broken=None):
+    """This process believes in these GPUs; a device that is an exception does not answer.
+
+    ``broken``: why no kernel starts on any of them.
+    """
 
     def describe(device):
         found = devices[device.index]
@@ -35,6 +38,10 @@ def machine(monkeypatch, *devices, driver="570.1"):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
     monkeypatch.setattr(report_module, "describe", describe)
     monkeypatch.setattr(report_module.subprocess, "run", nvidia_smi)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(ops, "why_no_kernel_starts", lambda device: broken)
+    monkeypatch.setattr(ops, "describe", describe)
+    monkeypatch.setattr(planner, "_excluded", {})
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +123,15 @@ def test_gpus(monkeypatch, report):
     assert "driver       570.1" in text
     assert text.count("Paths of a layer") == 2
     assert text.count("kernels      can run here") == (2 if planner.has_triton() else 0)
+
+
+@pytest.mark.skipif(not planner.has_triton(), reason="no kernel is tried without Triton")
+def test_a_gpu_on_which_no_kernel_starts(monkeypatch, report):
+    machine(monkeypatch, H100, broken="no kernel starts on this GPU: RuntimeError: Failed to find C compiler")
+    with pytest.warns(RuntimeWarning, match="no kernel starts .*; the addmm form runs instead"):
+        text = report()
+    assert "kernels      no kernel starts on this GPU: RuntimeError: Failed to find C compiler" in text
+    assert {path for row in plans_in(text).values() for path, _ in row.values()} == {"addmm"}
 
 
 def test_no_gpu(monkeypatch, report):

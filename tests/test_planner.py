@@ -11,7 +11,7 @@ import torch
 from cases import CUDA, HALF, dtype_id, tensors
 
 import fastlora
-from fastlora import planner
+from fastlora import function, ops, planner
 from fastlora.device import Device, describe
 from fastlora.kernels import configs
 from fastlora.paths import use_path
@@ -307,6 +307,15 @@ class TestNeverAnException:
                     planned(Device("cuda", "new", capability, 200), M, 4096, 4096, 16, dropout=dropout)
                 )
 
+    @pytest.mark.parametrize("capability", [110, 130])
+    def test_a_gpu_that_nothing_was_compiled_for(self, capability):
+        device = Device("cuda", "Next", capability, 100)
+        plan = planned(device, 8192, 4096, 4096)
+        assert set(paths(plan).values()) == {"addmm"}
+        assert plan.reason == f"the kernels have not been compiled for sm_{capability} yet"
+        with pytest.raises(RuntimeError, match=f"sm_{capability}"):
+            make_plan(Problem(device, torch.bfloat16, 8192, 4096, 4096, 16), "triton")
+
     @pytest.mark.parametrize("capability", [103, 121, 130, 200])
     def test_an_unknown_gpu_gets_cublas_for_its_gemm(self, capability):
         assert planned(Device("cuda", "new", capability, 200), 8192, 4096, 256).path == "addmm"
@@ -327,6 +336,26 @@ def case_arguments(**changes):
 
 
 class TestPublicPlan:
+    @pytest.mark.skipif(not planner.has_triton(), reason="no kernel is tried without Triton")
+    def test_a_gpu_on_which_no_kernel_starts(self, monkeypatch):
+        """Without a C compiler, say: layers run, by the addmm form, and say so once."""
+        broken = dataclasses.replace(A100, name="A100 of a machine without a compiler")
+        monkeypatch.setattr(planner, "_excluded", {})
+        for module in (ops, function):
+            monkeypatch.setattr(module, "describe", lambda device: broken)
+        monkeypatch.setattr(ops, "why_no_kernel_starts", lambda device: "no kernel starts on this GPU: no cc")
+        planner.forget_plans()
+        x, weight, A, B, _ = case_arguments().values()
+        wide = torch.randn(8192, x.shape[1]).to(x.dtype)[:, :48]
+        arguments = (wide, weight[:48, :48].contiguous(), A[:48].contiguous(), B[:, :48].contiguous())
+        with pytest.warns(RuntimeWarning, match="no kernel starts .*: no cc; the addmm form runs instead"):
+            y = fastlora.lora_linear(*arguments, dropout=0.5)
+        assert y.isfinite().all()
+        plan = fastlora.plan(*arguments, dropout=0.5)
+        assert set(paths(plan).values()) == {"addmm"}
+        assert plan.reason == "no kernel starts on this GPU: no cc"
+        planner.forget_plans()
+
     def test_cpu(self):
         plan = fastlora.plan(**case_arguments())
         assert_complete(plan)

@@ -789,6 +789,21 @@ class TestCommand:
             == len(tune.products(tune.Shape(20, 24, 32, 4))) - 1
         )
 
+    @pytest.mark.parametrize(
+        "text", ["Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"]
+    )
+    def test_other_libraries_run_out_of_memory_too(self, cache, text, monkeypatch):
+        """No path is to blame: there is no row that would exclude it at other shapes."""
+
+        def full(step, *args, **kwargs):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(ops, "_token_sum", full)
+        assert run("--shapes", "20,24,32,4") == 0
+        rows = measured.read_rows(cache)
+        assert {row.product for row in rows} & {"h", "y"}
+        assert {row.status for row in rows} == {"ok"}
+
     def test_minutes(self, cache, capsys, monkeypatch):
         now = iter([0.0, 1.0, 61.0])
         monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
