@@ -2,7 +2,7 @@
 
 A row is one path of one product of a layer, timed at one shape on one GPU. The user's own rows (written by
 ``python -m fastlora tune`` to a file in the cache folder) take precedence over those shipped with the
-package. A file is read once, as the first plan for a GPU is made; an unusable one is ignored with a warning.
+package. A file is read once, when the first plan for a GPU is made; unusable ones are ignored with a warning.
 """
 
 from __future__ import annotations

@@ -524,7 +524,7 @@ def _backward(
 
 
 def _lora_backward(dy: Tensor, *arguments) -> tuple[Tensor, ...]:
-    """:func:`_backward` for the operator, whose results cannot be None: empty tensors take its place."""
+    """:func:`_backward` for the operator, whose results cannot be None: empty tensors stand in."""
     return tuple(dy.new_empty((0,)) if result is None else result for result in _backward(dy, *arguments))
 
 
