@@ -3,7 +3,7 @@
     y = x @ W.T + alpha * (drop(x) @ B.T) @ A.T + bias
 
 Triton kernels compute it for fp16 and bf16 on NVIDIA GPUs, plain PyTorch everywhere else. Importing the
-package loads no Triton and asks no device.
+package does not load Triton or query any device.
 """
 
 from fastlora import reference

@@ -26,7 +26,7 @@ RANK = 16
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, None where there is none; nothing is imported."""
+    """The installed version of a package, None if there is none; does not import it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def version(package: str) -> str | None:
 
 
 def versions() -> list[str]:
-    """One line for each package that matters here; NumPy does where Triton's interpreter is on."""
+    """One line for each relevant package; NumPy is one if Triton's interpreter is on."""
     lines = [
         f"fastlora     {fastlora.__version__}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -46,7 +46,7 @@ def versions() -> list[str]:
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, as its own tool tells it."""
+    """The version of NVIDIA's driver, as reported by nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -62,7 +62,7 @@ def label(device: Device) -> str:
 
 
 def gpus() -> tuple[list[str], list[Device]]:
-    """A line for each GPU, or one that says why there is none; and the GPUs that answered."""
+    """A line for each GPU, or one that says why there is none; and the GPUs that responded."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = "torch finds no usable GPU" if built else "this torch is built without CUDA"
@@ -90,7 +90,7 @@ def interpreter() -> str:
 
 
 def tuned() -> str:
-    """What `python -m fastlora tune` has left, which plans prefer to everything else."""
+    """The state of the rows written by `python -m fastlora tune`, which plans prefer to all else."""
     path = measured.user_file()
     try:
         rows = measured.read_rows(path) if path else []
@@ -105,7 +105,7 @@ def tuned() -> str:
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
-    """(product, path, reason) of each product, or one row where all six agree."""
+    """(product, path, reason) of each product, or a single row if all six agree."""
     steps = [(name, getattr(plan, name)) for name in Plan.__dataclass_fields__]
     rows = [(f"{name:<3}{step.primitive}", step.path, step.reason) for name, step in steps]
     if len({row[1:] for row in rows}) == 1:
@@ -114,7 +114,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def path_table(device: Device) -> list[str]:
-    """The plan of each dtype and number of tokens on one device; dtypes of equal plans share their rows."""
+    """The plan of each dtype and number of tokens on one device; dtypes with equal plans share rows."""
     lines = [f"Paths of a layer, {FEATURES} -> {FEATURES} features, rank {RANK}, on {label(device)}:"]
     for tokens in TOKENS:
         groups: dict[tuple[tuple[str, str, str], ...], list[str]] = {}
@@ -140,7 +140,7 @@ def report() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report, or hand the rest of the arguments to ``tune``. Returns the exit status.
+    """Print the report, or pass the remaining arguments to ``tune``. Returns the exit status.
 
     Args:
         arguments: those of the command line if None.

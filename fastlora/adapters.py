@@ -1,7 +1,7 @@
 """Adapter files in PEFT's directory format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-PEFT's ``lora_A.weight`` is our B and its ``lora_B.weight`` our A; its scaling, ``lora_alpha / r``
-(``/ sqrt(r)`` for rsLoRA), is our alpha.
+PEFT's ``lora_A.weight`` is our B, its ``lora_B.weight`` our A, and its scaling, ``lora_alpha / r``
+(``lora_alpha / sqrt(r)`` for rsLoRA), our alpha.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
-# The names of what torch.compile, checkpoint_wrapper and the old FSDP put around a module; the files leave
-# them out.
+# The names of the wrappers that torch.compile, checkpoint_wrapper and FSDP1 put around a module; the files
+# omit them.
 _COMPILED = "_orig_mod"
 _WRAPPED = (_COMPILED, *HIDDEN_NAMES)
 
-# What the fields of LoraConfig that say what the adapter computes must be for a plain LoRA linear layer.
-# Of the ways to start training, those named here leave the base weights alone.
+# The values that a plain LoRA linear layer requires of the LoraConfig fields that change what it computes.
+# The init_lora_weights listed here are those that leave the base weights unchanged.
 _PLAIN = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -106,7 +106,7 @@ _SUPPORTED = (
     "task_type",
     "use_rslora",
 )
-# About the model's origin, how training started, or without effect unless a field above asks for it.
+# Fields on the model's origin or the initialisation, or without effect unless a field above enables them.
 _WITHOUT_EFFECT = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -129,7 +129,7 @@ _TASKS = {
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
-# PEFT adds these to modules_to_save by itself.
+# PEFT adds these to modules_to_save of its own accord.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -143,26 +143,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     ``PeftModel.from_pretrained(base, directory)`` gives the same outputs; a warning says where PEFT cannot
     (dense layers of a mixture of experts that PEFT takes for the experts). A merged layer's adapter is saved
-    like any other. Where layers differ in dropout, which matters in training alone, the most common one is
-    written. Interrupted at any point, the directory holds the old adapter or the new one, whole; other files
-    in it are kept. (A save that changes the config has a moment without it where the system cannot swap two
-    directories in one step: outside Linux both adapters then lie whole beside the directory; in one that is a
-    mount point, or whose parent cannot be written, the weights alone are there.) Where several processes hold
-    the model, let one of them save; but sharded parameters (DTensors, as FSDP2 makes them) are gathered, so
-    there every process has to call, and writes the same. What ``torch.compile``, checkpoint wrappers,
-    data-parallel training and ``AveragedModel`` add to names is left out. PEFT compares the ends of names, so
-    ``modules_to_save=["classifier"]`` means a ``pre_classifier`` to it as well, whose values are then written
-    too.
+    like any other. If layers differ in dropout, which matters only in training, the most common value is
+    written. If the save is interrupted at any point, the directory holds either the old adapter or the new
+    one, complete; other files in it are kept. (Where the system cannot swap two directories in one step, a
+    save that changes the config leaves a moment without it: outside Linux, both adapters are then complete
+    next to the directory; if the directory is a mount point or its parent is not writable, only the weights
+    are there.) If several processes hold the model, let one of them save, except that sharded parameters
+    (DTensors, as made by FSDP2) are gathered, so every process has to call this and writes the same. Name
+    parts added by ``torch.compile``, checkpoint wrappers, data-parallel training and ``AveragedModel`` are
+    omitted. PEFT matches the ends of names: ``modules_to_save=["classifier"]`` selects a ``pre_classifier``
+    too, so its values are also written.
 
     Args:
-        model: with at least one adapted layer. directory: made if it does not exist.
+        model: with at least one adapted layer. directory: created if it does not exist.
 
     Raises:
-        ValueError: no adapted layer, or the model itself is one; inside ``disable_adapter`` of a model with
+        ValueError: no adapted layer, or the model itself is one; inside ``disable_adapter``, if the model has
             saved modules; names that PEFT's matching could not tell apart; tensors on the meta device.
             Nothing is written.
         ImportError: the safetensors package is missing.
-        OSError: the files cannot be written; an adapter that was there is left as it was.
+        OSError: the files cannot be written; an existing adapter is left unchanged.
     """
     save = _safetensors().save
     check_model(model, "save_adapter")
@@ -185,26 +185,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
-    """Read an adapter that :func:`save_adapter` or PEFT wrote.
+    """Load an adapter written by :func:`save_adapter` or PEFT.
 
-    The layers that it names are adapted and the rest is frozen, as by :func:`fastlora.apply_lora`; its
-    modules to save are marked and trained. Layers that are adapted already take its values, alpha and
-    dropout: in place where the rank agrees, so that optimizers go on, else as new parameters. Otherwise
-    adapters are made in the wider of the file's and the base weight's dtype. As in PEFT, embeddings and a
-    head that the file holds beside the adapter (it targets the head, or the vocabulary was resized) are
-    written into the base model, also the original values of those that are modules to save.
+    The layers it names are adapted and the rest is frozen, as by :func:`fastlora.apply_lora`; its modules to
+    save are marked and become trainable. Layers that are already adapted take its values, alpha and dropout:
+    in place if the ranks agree, so that optimizers remain valid, otherwise as new parameters. Other layers
+    get adapters in the wider of the file's and the base weight's dtype. As in PEFT, embeddings and a head
+    that the file holds besides the adapter (because it targets the head or the vocabulary was resized) are
+    written into the base model, including the original values of those that are modules to save.
 
     Args:
-        model: the base model, or one that this or another adapter was applied to.
+        model: the base model, or one to which this or another adapter was applied.
         directory: a local directory.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: a feature that is not a plain LoRA linear layer, a target that is none, tensors missing,
-            unexpected or misshapen, layers of the model that the file does not cover, a merged layer,
-            parameters on the meta device. All are named, and the model is left as it was.
+        ValueError: a feature other than plain LoRA linear layers, a target that is not one, missing,
+            unexpected or misshapen tensors, adapted layers that the file does not cover, a merged layer,
+            parameters on the meta device. All are named, and the model is left unchanged.
         FileNotFoundError: the directory holds no adapter.
         ImportError: the safetensors package is missing.
     """
@@ -221,7 +221,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     originals = {k: place for k, place in _saved_places(saved, "original_module").items() if k in state}
     again = _saved_places(saved, "modules_to_save")
     state = {name: tensor for name, tensor in state.items() if name not in again}
-    # Before a tied head that is saved gets a weight of its own: its values are no longer the base's.
+    # Must precede prepare, which gives a tied head that is saved its own weight, no longer the base's.
     base = {name: t for name, t in _base_tensors(model, targets, state).items() if name not in own_saved}
     _check_coverage(model, layers, targets, saved)
     new = {path: module for path, module in targets.items() if path not in layers}
@@ -231,7 +231,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     _check_tensors(config, targets, {**own_saved, **base, **_at(originals)}, state)
     own = {path: module.weight for path, module in targets.items()}
     check_values({**own, **own_saved}, "load_adapter")
-    # What may fail to be allocated, before anything changes.
+    # Allocations may fail, so they precede any change.
     resized = {
         path: _empty_adapter(layer, config.rank_of(_file_path(path)))
         for path, layer in layers.items()
@@ -264,7 +264,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json says of a plain LoRA adapter."""
+    """The contents of adapter_config.json for a plain LoRA adapter."""
 
     selector: Selector
     rank: int
@@ -309,7 +309,7 @@ def _file_path(path: str) -> str:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model inside what compiling, data-parallel training and weight averaging put around it."""
+    """The model inside the wrappers of compilation, data-parallel training and weight averaging."""
     while True:
         if _COMPILED in model._modules:
             model = model._modules[_COMPILED]
@@ -320,9 +320,9 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _file_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, str, nn.Module]]:
-    """Own name, name in the files and module, without the root and what torch.compile puts around a module.
+    """Yield (own name, name in the files, module), without the root and wrappers such as torch.compile's.
 
-    once: each module under its first name alone.
+    once: yield each module only under its first name.
     """
     for path, module in model.named_modules(remove_duplicate=once):
         name = _file_path(path)
@@ -331,7 +331,7 @@ def _file_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, st
 
 
 def _file_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Names in PEFT's file -> the model's own tensors."""
+    """The model's own tensors, by their names in PEFT's file."""
     tensors: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model).items():
         name = _PREFIX + _file_path(path)
@@ -340,7 +340,7 @@ def _file_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Names in PEFT's file -> the tensors of modules to save."""
+    """The tensors of modules to save, by their names in PEFT's file."""
     return _at(_saved_places(saved))
 
 
@@ -349,10 +349,10 @@ def _at(places: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Tensor]:
 
 
 def _saved_places(saved: Mapping[str, nn.Module], part: str = "") -> dict[str, tuple[nn.Module, str]]:
-    """Names in PEFT's file of the tensors of modules to save -> the module and its own name of each.
+    """(module, attribute name) of each tensor of the modules to save, by its name in PEFT's file.
 
-    ``part``: of PEFT's wrapper. Where the vocabulary was resized, PEFT writes all that it holds of the
-    embeddings, so that one that is a module to save has its trained tensor there twice, also under
+    ``part``: a child of PEFT's wrapper. If the vocabulary was resized, PEFT writes everything it holds of the
+    embeddings. One that is a module to save then has its trained tensor in the file twice, also under
     "modules_to_save" (PEFT reads the other), and the original one under "original_module".
     """
     return {
@@ -366,10 +366,10 @@ def _saved_places(saved: Mapping[str, nn.Module], part: str = "") -> dict[str, t
 def _base_tensors(
     model: nn.Module, targets: Mapping[str, nn.Module], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Names in PEFT's file -> the base model's tensors, of those that the file holds.
+    """The base model's tensors that the file holds, by their names in PEFT's file.
 
-    PEFT saves the input embedding and the output head with the adapter if one of them is a target, as then
-    ``lm_head.base_layer.weight``, or if the vocabulary was resized.
+    PEFT saves the input embedding and the output head with the adapter if one of them is a target (then named
+    as in ``lm_head.base_layer.weight``) or if the vocabulary was resized.
     """
     embeddings = [embeddings_of(model, kind) for kind in ("input", "output")]
     tensors = {}
@@ -382,14 +382,14 @@ def _base_tensors(
 
 
 def _whole(tensor: Any) -> Tensor:
-    """A copy as safetensors takes it: contiguous, of memory of its own, gathered where it is sharded."""
+    """A copy that safetensors accepts: contiguous, in its own memory, gathered if sharded."""
     if any_dtensor(tensor):
         tensor = tensor.full_tensor()
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _config_of(model: nn.Module, layers: Mapping[str, FusedLoRALinear]) -> dict[str, object]:
-    """adapter_config.json of a model."""
+    """The contents of a model's adapter_config.json."""
     if "" in map(_file_path, layers):
         raise ValueError("save_adapter: the model itself is the adapted layer, which PEFT has no name for")
     own = {_file_path(path): layer for path, layer in layers.items()}
@@ -424,12 +424,12 @@ def _most_common(values: Iterable[float]) -> float:
 
 
 def _exactly(name: str) -> str:
-    """A key of rank_pattern and alpha_pattern that matches this name alone."""
+    """A key for rank_pattern and alpha_pattern that matches only this name."""
     return "^" + re.escape(name)
 
 
 def _lora_alpha(layer: FusedLoRALinear) -> float:
-    """PEFT's lora_alpha, which it divides by the rank again; a whole number where that gives the same."""
+    """PEFT's lora_alpha, which PEFT divides by the rank; an integer if that gives the same alpha."""
     exact = layer.alpha * layer.rank
     if not is_finite(exact):
         raise ValueError(
@@ -440,7 +440,7 @@ def _lora_alpha(layer: FusedLoRALinear) -> float:
 
 
 def _target_modules(own: Iterable[str], names: Iterable[str], saved: Iterable[str]) -> str | list[str]:
-    """The shortest of PEFT's ways to name these layers and no other module."""
+    """The shortest target_modules by which PEFT selects these layers and no other module."""
     own = sorted(own)
     for targets in (
         tuple(sorted({name.rpartition(".")[2] for name in own})),
@@ -456,7 +456,7 @@ def _target_modules(own: Iterable[str], names: Iterable[str], saved: Iterable[st
 
 
 def _ending_in(model: nn.Module, endings: Iterable[str]) -> set[nn.Module]:
-    """The modules that PEFT takes modules_to_save to mean: it compares the ends of names, dots or not."""
+    """The modules that PEFT selects by modules_to_save: it matches the end of a name, even within a part."""
     endings = tuple(endings)
     return {module for _, name, module in _file_modules(model, once=False) if name.endswith(endings)}
 
@@ -524,7 +524,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
-    """PEFT's name for what a transformers model does; None where PEFT would then save other modules too."""
+    """PEFT's task type of a transformers model; None if PEFT would then save other modules too."""
     name = type(getattr(model, _COMPILED, model)).__name__
     task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
     config = getattr(model, "config", None)
@@ -535,18 +535,18 @@ def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
     if task == "QUESTION_ANS" and not hasattr(model, "qa_outputs"):
         return None  # a model that generates its answers
     if task == "SEQ_2_SEQ_LM" and getattr(model, "main_input_name", "input_ids") != "input_ids":
-        return None  # PEFT's forward for this task passes input_ids, which a model of speech does not take.
+        return None  # PEFT's forward for this task passes input_ids, which speech models do not accept.
     heads = _ending_in(model, (*saved, *_TASK_HEADS.get(task or "", ())))
     return task if heads == set(saved_modules(model).values()) else None
 
 
 def _read_adapter(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Config and tensors that belong together, also while another process replaces them."""
+    """The config and the tensors that belong to it, even while another process replaces them."""
     path = directory / CONFIG_NAME
     while True:
         if not path.is_file():
             raise FileNotFoundError(f"load_adapter: no {CONFIG_NAME} in {directory}")
-        # Open until the end, so that a new file cannot be taken for this one.
+        # Stays open until the comparison, so that a new file cannot reuse its inode.
         with path.open("rb") as file:
             config, state = _parse_config(file.read(), path), _read_weights(directory)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -568,7 +568,7 @@ def _parse_config(raw: bytes, path: Path) -> AdapterConfig:
 
 
 def _check_features(fields: Mapping[str, Any]) -> None:
-    """ValueError naming every field that asks for more than plain LoRA linear layers."""
+    """Raise ValueError naming every field that asks for more than plain LoRA linear layers."""
     bad = [
         f"{name}={fields.get(name)!r} (expected {' or '.join(map(repr, accepted))})"
         for name, accepted in _PLAIN.items()
@@ -584,10 +584,10 @@ def _check_features(fields: Mapping[str, Any]) -> None:
 
 
 def config_from(fields: Mapping[str, Any]) -> AdapterConfig:
-    """The fields with PEFT's defaults for missing ones.
+    """Parse the fields, with PEFT's defaults for missing ones.
 
     Raises:
-        ValueError, TypeError, OverflowError, re.error: values of other kinds.
+        ValueError, TypeError, OverflowError, re.error: invalid values.
     """
     targets = _expression_or_strings(fields, "target_modules")
     if not targets:
@@ -618,7 +618,7 @@ def config_from(fields: Mapping[str, Any]) -> AdapterConfig:
     )
     check_dropout(config.dropout)
     for expression in (*rank_pattern, *alpha_pattern, *patterns, *selector.modules_to_save):
-        re.compile(rf"(.*\.)?({expression})$")  # In the midst of another, as they are used.
+        re.compile(rf"(.*\.)?({expression})$")  # Compiled inside a larger expression, as PEFT uses them.
     for names in (selector.target_modules, selector.exclude_modules):
         if isinstance(names, str):
             re.compile(names)
@@ -662,7 +662,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         load = _safetensors().load
 
         def read(path: Path) -> object:
-            # load_file opens the file twice, and another process may replace it in between.
+            # load_file opens the file twice; another process might replace it in between.
             return load(path.read_bytes())
 
     else:
@@ -676,7 +676,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         state = read(path)
     except OSError:
         raise
-    except Exception as error:  # Both readers have exceptions of their own for damaged files.
+    except Exception as error:  # Each reader has its own exceptions for damaged files.
         raise ValueError(f"load_adapter: {path} cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"load_adapter: {path} holds a {type(state).__name__}, expected named tensors")
@@ -712,7 +712,7 @@ def _find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, Any]:
 def _find_saved(
     model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """The modules that PEFT would save, under their (first) names, none inside another."""
+    """The modules that PEFT would save, under their (first) names, without any inside another."""
     meant = _ending_in(model, config.selector.modules_to_save)
     found = {path: module for path, _, module in _file_modules(model) if module in meant}
     saved = {path: module for path, module in found.items() if not is_inside(path, found.keys() - {path})}
@@ -725,7 +725,7 @@ def _find_saved(
 def _check_coverage(
     model: nn.Module, layers: Mapping[str, nn.Module], targets: Mapping[str, nn.Module], saved: Iterable[str]
 ) -> None:
-    """ValueError if the model has trained something that the file says nothing about."""
+    """Raise ValueError if the model has adapters or saved modules that the file does not cover."""
     uncovered = [path for path in layers if path not in targets]
     uncovered += [path for path in saved_modules(model) if path not in saved]
     if uncovered:
@@ -741,7 +741,7 @@ def _check_tensors(
     own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
 ) -> None:
-    """ValueError unless the file holds exactly the adapters of ``targets``, and values of ``own``."""
+    """Raise ValueError unless the file holds exactly the adapters of ``targets`` and values of ``own``."""
     expected: dict[str, Sequence[int]] = {}
     for path, module in targets.items():
         name = _file_path(path)
@@ -763,7 +763,7 @@ def _check_tensors(
 
 
 def _empty_adapter(layer: FusedLoRALinear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (N, rank) and B (rank, K), like those of a layer but for the rank."""
+    """A (N, rank) and B (rank, K), like the layer's except for the rank."""
     A = nn.Parameter(layer.A.new_empty(layer.out_features, rank), layer.A.requires_grad)
     B = nn.Parameter(layer.B.new_empty(rank, layer.in_features), layer.B.requires_grad)
     return A, B

@@ -1,4 +1,4 @@
-"""Files of a directory that are replaced together: at every moment the old ones or the new ones, whole."""
+"""Atomic replacement of files in a directory: at any time either the old or the new ones, complete."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pathlib import Path
 
 _SCRATCH = re.compile(r"\.fastlora-save-[0-9a-f]{32}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# What the system says where a directory cannot be replaced, though its files may be.
+# Errors of a system that cannot replace the directory, although it may be able to replace its files.
 _NOT_AS_A_WHOLE = (errno.EACCES, errno.EBUSY, errno.EPERM, errno.EROFS, errno.EXDEV)
 
 
 def replace_files(directory: Path, contents: Mapping[str, bytes], stale: Iterable[str] = ()) -> None:
-    """Put files into a directory so that whoever reads it finds the old ones or the new ones, whole.
+    """Put files into a directory so that readers find either the old ones or the new ones, complete.
 
-    The last of ``contents`` is what makes the others count: a directory without it holds none, so it may come
-    last. If it stays the same, as where the configuration of what is saved again and again does, the others
-    are renamed into place one by one. Otherwise they have to change at once: a new directory is filled, with
-    hard links to what else is in the old one, and takes its place in one step. Where that is impossible (the
-    directory is a mount point, or its parent cannot be written), the last file is missing for a moment.
+    The last of ``contents`` makes the others valid: a directory without it counts as empty, so it can be
+    written last. If it is unchanged, as the configuration is in repeated saves, the others are renamed into
+    place one by one. Otherwise all have to change at once: a new directory is filled, with hard links to the
+    other files of the old one, and takes its place in one step. Where that is impossible (the directory is a
+    mount point, or its parent is not writable), the last file is missing for a moment.
 
     Args:
-        directory: made if it does not exist. contents: by name. stale: files that the new ones make wrong.
+        directory: created if it does not exist. contents: by name. stale: files that become obsolete.
 
     Raises:
-        OSError: the files cannot be written; what was there is left as it was.
+        OSError: the files cannot be written; the previous contents are left unchanged.
     """
     directory.mkdir(parents=True, exist_ok=True)
     *others, last = contents
@@ -62,7 +62,7 @@ def replace_files(directory: Path, contents: Mapping[str, bytes], stale: Iterabl
 
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[bool]:
-    """Make processes that save here take turns; False where the system has no such locks.
+    """Make processes that save here take turns; yields False if the system has no such locks.
 
     The lock is on the parent, because the directory itself may be replaced.
     """
@@ -96,7 +96,7 @@ def _is_scratch(name: str) -> bool:
 
 
 def _remove_scratch(directory: Path) -> None:
-    """Remove what interrupted savers left: files in the directory, directories beside it."""
+    """Remove what interrupted saves left behind: files in the directory, directories next to it."""
     for path in directory.iterdir():
         if _is_scratch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
@@ -117,13 +117,13 @@ def _replace_file(target: Path, contents: bytes) -> None:
 
 
 def _write(path: Path, contents: bytes) -> None:
-    """A file that is on the disk when this returns."""
+    """Write a file that is on disk when this returns."""
     path.write_bytes(contents)
     _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's contents, or a directory's names, are on the disk."""
+    """Wait until a file's contents, or a directory's entries, are on disk."""
     if os.name != "posix" and path.is_dir():
         return  # Windows cannot open directories.
     descriptor = os.open(path, os.O_RDONLY)
@@ -134,7 +134,7 @@ def _sync(path: Path) -> None:
 
 
 def _replace_one_by_one(directory: Path, contents: Mapping[str, bytes]) -> None:
-    """The last file goes first and comes last; all are written before anything goes."""
+    """Replace file by file: the last one is removed first and put back last, once all are written."""
     written: dict[Path, Path] = {}
     last, aside = directory / [*contents][-1], _scratch(directory)
     try:
@@ -147,7 +147,7 @@ def _replace_one_by_one(directory: Path, contents: Mapping[str, bytes]) -> None:
             try:
                 os.replace(scratch, target)
             except OSError:
-                if number == 0:  # The old ones are still whole.
+                if number == 0:  # The old files are still complete.
                     os.rename(aside, last)
                 raise
             _sync(directory)
@@ -157,7 +157,7 @@ def _replace_one_by_one(directory: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def _replace_directory(directory: Path, contents: Mapping[str, bytes], left: Iterable[str]) -> None:
-    """``left``: names that are not carried over."""
+    """Replace the whole directory; ``left``: names that are not carried over."""
     cwd = _cwd_inside(directory)
     scratch = old = _scratch(directory.parent)
     os.mkdir(scratch)
@@ -168,7 +168,7 @@ def _replace_directory(directory: Path, contents: Mapping[str, bytes], left: Ite
         old = _exchange(scratch, directory)
         if cwd:
             os.chdir(cwd)
-        _carry_over(old, directory, left)  # What others have put there since.
+        _carry_over(old, directory, left)  # Files that others have added since.
         _sync(directory.parent)
     finally:
         for path in (scratch, old):
@@ -176,7 +176,7 @@ def _replace_directory(directory: Path, contents: Mapping[str, bytes], left: Ite
 
 
 def _cwd_inside(directory: Path) -> Path | None:
-    """The working directory if it is this one or below it."""
+    """The working directory if it is ``directory`` or inside it."""
     try:
         cwd = Path.cwd()
     except FileNotFoundError:
@@ -185,7 +185,7 @@ def _cwd_inside(directory: Path) -> Path | None:
 
 
 def _carry_over(source: Path, target: Path, left: Iterable[str] = (), top: bool = True) -> None:
-    """Give a tree's files, but those ``left`` at its top, the same names in another, where these are free."""
+    """Link a tree's files, except those ``left`` at its top, into another under the same names if free."""
     for entry in os.scandir(source):
         name = target / entry.name
         if top and (entry.name in left or _is_scratch(entry.name)):
@@ -203,18 +203,18 @@ def _link(source: str, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except FileNotFoundError:
-        pass  # Somebody has removed it since.
+        pass  # Removed by another process since.
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _exchange(scratch: Path, directory: Path) -> Path:
-    """Give a new directory the old one's name in one step; where the system cannot, in two renames.
+    """Give a new directory the old one's name in one step, or in two renames if the system cannot.
 
-    Between those two the directory is missing, and both lie whole beside it.
+    Between the two renames the name is missing, and both directories are complete next to it.
 
     Returns:
-        The old one's new name.
+        The old directory's new name.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

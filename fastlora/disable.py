@@ -1,7 +1,7 @@
-"""``disable_adapter``: the frozen model inside a block, without writing a parameter's values.
+"""``disable_adapter``: the frozen model inside a block, without writing to any parameter.
 
-For the time of the block, what a module trains is taken out of it and the frozen tensor put in its place.
-FSDP2 would put its own parameters back, so there the values in the shards are exchanged instead.
+During the block, the tensors that a module trains are replaced by the frozen ones. FSDP2 would put its own
+parameters back, so there the values in the shards are exchanged instead.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from fastlora.targets import is_inside, listing, saved_modules
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the model is the frozen one: no updates, and saved modules with their original values.
+    """Inside the block the model is the frozen base: no updates, and saved modules have original values.
 
-    For the reference model of DPO and the like.
+    For example, as the reference model of DPO.
 
-    - Blocks nest and overlap, in several threads too: the model is the frozen one until the last block ends.
-    - Parameter values are not written (except in FSDP2's shards, to which no graph refers), so autograd
-      graphs from outside stay valid. A checkpoint that is recomputed inside the block
-      recomputes the frozen model: call ``backward`` outside.
+    - Blocks may nest and overlap, even across threads: the model stays the base until the last ends.
+    - Parameter values are not written (except in FSDP2's shards, which no graph refers to), so autograd
+      graphs from outside the block stay valid. A checkpoint recomputed inside the block recomputes the frozen
+      model: call ``backward`` outside.
     - Casts and device moves made inside the block persist. A copy of the model made inside stays frozen, and
       ``state_dict`` warns that it holds original values.
     - A merged layer has its unmerged weight inside the block (the original up to rounding).
-    - For a model that FSDP2 shards, pass the whole model, not a part of it; its saved modules and merged
+    - For a model sharded by FSDP2, pass the whole model, not a part of it; its saved modules and merged
       layers refuse a forward pass that records gradients.
 
     Args:
         model: with at least one adapted layer (a PEFT model has a ``disable_adapter`` of its own).
 
     Returns:
-        A context manager that gives ``model``.
+        A context manager that yields ``model``.
 
     Raises:
-        ValueError: on entry, if the model has no adapted layer; a saved module whose original values are
-            unknown (it was on the meta device when it was marked) or cannot be put in (it is offloaded, which
-            would put the trained values back).
+        ValueError: on entry, if the model has no adapted layer, or a saved module whose original values are
+            unknown (it was on the meta device when it was marked) or cannot be put in place (it is offloaded,
+            which would bring the trained values back).
         TypeError: on entry, if ``model`` is not a module.
     """
     layers = require_layers(model, "disable_adapter")
@@ -85,7 +85,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _check_replaceable(roots: Mapping[str, nn.Module]) -> None:
-    """ValueError if something holds the parameters of saved modules and gives them back in a forward pass."""
+    """Raise ValueError for offloaded saved modules, whose trained values would return in a forward pass."""
     offloaded = [
         path
         for path, root in roots.items()
@@ -98,14 +98,14 @@ def _check_replaceable(roots: Mapping[str, nn.Module]) -> None:
         )
 
 
-# What the blocks of disable_adapter have changed: how to undo it, and in how many blocks a module is.
+# The modules that blocks of disable_adapter have changed: how to undo it, and how many blocks are open.
 _changes: WeakKeyDictionary[nn.Module, tuple[ExitStack, int]] = WeakKeyDictionary()
 _changes_lock = threading.Lock()
 
 
 @contextmanager
 def _changed(module: nn.Module, change: Callable[[Any, ExitStack], None]) -> Iterator[None]:
-    """``change(module, undo)`` by the first block that the module is in, undone by the last."""
+    """Run ``change(module, undo)`` in the first block that uses the module, and undo it after the last."""
     with _changes_lock:
         undo, blocks = _changes.get(module, (ExitStack(), 0))
         if not blocks:
@@ -134,7 +134,8 @@ def _set(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> N
 class _PutAside(nn.Module):
     """A child that holds what disable_adapter has taken out of a module, so that casts and moves reach it.
 
-    A copy of the model gets an empty one. The identity, for parents that call their children in turn.
+    A copy of the model gets an empty one. Its forward is the identity, for parents that call their children
+    in turn.
     """
 
     def forward(self, x: Any) -> Any:
@@ -148,7 +149,7 @@ class _PutAside(nn.Module):
 
 
 def _exchange(module: nn.Module, name: str, tensor: Tensor, undo: ExitStack) -> None:
-    """Put another tensor in the place of a module's own."""
+    """Replace a module's own tensor by another."""
     own = getattr(module, name)
     kept = own.detach() if isinstance(own, nn.Parameter) else own
     aside: Any = module._modules.get(PUT_ASIDE)
@@ -163,7 +164,7 @@ def _exchange(module: nn.Module, name: str, tensor: Tensor, undo: ExitStack) -> 
 def _exchange_parameter(
     holders: Sequence[Any], module: nn.Module, name: str, values: Tensor, undo: ExitStack
 ) -> None:
-    """The same of a parameter, by a frozen one of these values; ``holders``: see :func:`_holders`."""
+    """Replace a parameter by a frozen one with these values; ``holders``: see :func:`_holders`."""
     own = getattr(module, name)
     if holders and any_dtensor(own):
         _exchange_values(own, sharded_like(own, values), undo)
@@ -179,7 +180,7 @@ def _put_back(module: nn.Module, name: str, own: Any, kept: Tensor) -> None:
     if not isinstance(own, nn.Parameter):
         own = now
     elif now is not kept and torch._has_compatible_shallow_copy_type(own, now):
-        # As nn.Module.to does it, for the sake of optimizers.
+        # As in nn.Module.to, so that optimizers keep the parameter object.
         own.data = now
         own.grad = None if own.grad is None else own.grad.to(now)
     elif now is not kept:
@@ -189,13 +190,14 @@ def _put_back(module: nn.Module, name: str, own: Any, kept: Tensor) -> None:
 
 def _disable_layer(holders: Sequence[Any], layer: FusedLoRALinear, undo: ExitStack) -> None:
     if layer._merged_alpha is not None:
-        # Another tensor, not unmerge() and merge(): each pair of those would round the weight anew.
+        # A new tensor rather than unmerge() and merge(), which would round the weight each time.
         with _sharded(holders, layer, undo):
             weight = layer._updated_weight(-layer._merged_alpha)
             _exchange_parameter(holders, layer, "weight", weight, undo)
         _set(layer, "_merged_alpha", None, undo)
     _set(layer, "adapter_enabled", False, undo)
-    # The frozen model's TransformerEncoderLayer takes its fast path, whose results differ in the last bits.
+    # Without the hook, TransformerEncoderLayer takes its fast path, as in the base model; the slow path's
+    # results differ in the last bits.
     hooks = layer._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _keep_fast_path_off]:
         undo.callback(hooks.__setitem__, key, hooks.pop(key))
@@ -219,22 +221,22 @@ def _use_original(holders: Sequence[Any], root: nn.Module, undo: ExitStack) -> N
                 if name in module._parameters:
                     _exchange_parameter(holders, module, name, original, undo)
                 else:
-                    # A copy: a buffer such as BatchNorm's running mean is written by a forward pass.
+                    # A copy, as a forward pass writes buffers such as BatchNorm's running mean.
                     _exchange(module, name, original.clone(), undo)
 
 
 def _holders(sharded: Mapping[str, Any], path: str, module: nn.Module) -> list[Any]:
-    """Those of the modules that FSDP2 shards which are around or inside the one called ``path``."""
+    """The modules sharded by FSDP2 that contain the one called ``path`` or are inside it."""
     inside = set(module.modules()) if sharded else set()
     return [m for name, m in sharded.items() if not name or is_inside(path, (name,)) or m in inside]
 
 
 @contextmanager
 def _sharded(holders: Sequence[Any], module: nn.Module, undo: ExitStack) -> Iterator[None]:
-    """While other values are put into ``module``, and again while they are taken out, it holds its shards."""
+    """Keep ``module`` resharded while other values are put in, and again while they are taken out."""
     if holders:
         undo.callback(_reshard, holders)
-        # Its backward pass would gather the module's own values, which may be back by then.
+        # A backward pass would gather the module's own values, which may have been restored by then.
         undo.callback(module.register_forward_pre_hook(_refuse_gradients).remove)
         _reshard(holders)
     yield
@@ -257,9 +259,9 @@ def _refuse_gradients(module: nn.Module, inputs: tuple) -> None:
 
 @torch.no_grad()
 def _exchange_values(parameter: Any, values: Tensor, undo: ExitStack) -> None:
-    """Other values in a parameter that FSDP2 holds, and would put back in another's place.
+    """Write other values into a parameter that FSDP2 holds, as FSDP2 would undo a replacement.
 
-    Graphs from outside refer to what was gathered, and gather again for their backward pass.
+    Graphs from outside the block refer to the gathered tensors and gather again for their backward pass.
     """
     kept = parameter.detach().clone()
     undo.callback(_write, parameter, kept)
@@ -269,7 +271,7 @@ def _exchange_values(parameter: Any, values: Tensor, undo: ExitStack) -> None:
 @torch.no_grad()
 def _write(parameter: Tensor, values: Tensor) -> None:
     if parameter.device.type == "cpu" and torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # An offloaded shard may still be on its way to the GPU.
+        torch.cuda.synchronize()  # An offloaded shard may still be in transfer to the GPU.
     parameter.copy_(values)
 
 

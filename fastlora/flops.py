@@ -1,7 +1,7 @@
-"""What the operators cost, for ``torch.utils.flop_counter.FlopCounterMode``.
+"""The cost of the operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Two operations for each multiply-add of the products that :mod:`fastlora.reference` lists, as PyTorch counts
-its own; a count of the layer is then that of the same layer in PyTorch operations with a frozen weight.
+Two operations for each multiply-add of the products listed in :mod:`fastlora.reference`, as PyTorch counts
+its own; the count is then that of the same layer in PyTorch operations with a frozen weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Shape = Sequence[int]
 
 
 def _forward_flops(x: Shape, weight: Shape, A: Shape, B: Shape, *_, **__) -> int:
-    """Of h and y. x: (..., K), weight: (N, K), A: (N, R), B: (R, K)."""
+    """FLOPs of h and y. x: (..., K), weight: (N, K), A: (N, R), B: (R, K)."""
     (N, K), R = weight, B[0]
     return 2 * math.prod(x[:-1]) * (N * K + R * (K + N))
 
@@ -38,7 +38,7 @@ def _backward_flops(
     *_,
     **__,
 ) -> int:
-    """Of g, dx, dA and dB, as far as they are asked for. dy: (..., N)."""
+    """FLOPs of those of g, dx, dA and dB that are needed. dy: (..., N)."""
     (N, K), R = weight, B[0]
     g = R * N * (need_dx or need_dB)
     return 2 * math.prod(dy[:-1]) * (g + need_dx * K * (N + R) + need_dA * N * R + need_dB * R * K)
@@ -75,10 +75,10 @@ def _group_backward_flops(
 
 
 def register_where_counted() -> None:
-    """Makes the formulas known to the FlopCounterModes that are on, and to later ones.
+    """Register the formulas with the active FlopCounterModes and with later ones.
 
-    Each of them copies PyTorch's table of formulas when it is made, and importing that table loads Triton: so
-    it is not done with the package, but when an operator is called under such a mode.
+    Each mode copies PyTorch's table of formulas when it is created, and importing that table loads Triton, so
+    this is done not on import but when an operator is called under such a mode.
     """
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:

@@ -1,4 +1,4 @@
-"""``fastlora.lora_linear``: the functional form, its checks, and its autograd function."""
+"""The functional form ``fastlora.lora_linear``, its argument checks and its autograd function."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastlora.planner import Plan, Problem, make_plan
 
 
 class _LoRALinear(torch.autograd.Function):
-    """x: (..., K) -> y: (..., N) and, for backward alone, h: (M, R)."""
+    """x: (..., K) -> y: (..., N) and, for backward only, h: (M, R)."""
 
     @staticmethod
     def forward(x, weight, A, B, bias, alpha, dropout, seed, mode):
@@ -39,7 +39,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 9
-        # Compiled backward passes are traced with gradients on; PyTorch itself refuses to differentiate them.
+        # Compiled backward passes are traced with grad mode on; PyTorch itself refuses to differentiate them.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "lora_linear: second derivatives (create_graph=True) are not implemented by the fused layer; "
@@ -77,10 +77,10 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def quick_apply(function: Any) -> Callable[..., Any]:
-    """``function.apply`` of an autograd function, without binding the arguments to forward's signature.
+    """``function.apply`` without the cost of binding the arguments to forward's signature.
 
-    That takes longer than a small layer's products; the C method that is called in the end takes them as they
-    are. Compiled code needs the whole.
+    The binding takes longer than a small layer's products, and the underlying C method does not need it.
+    Compiled code still calls the full ``apply``.
     """
     in_c = super(torch.autograd.Function, function).apply
 
@@ -94,7 +94,7 @@ _apply = quick_apply(_LoRALinear)
 
 
 class Operands(NamedTuple):
-    """What a layer's output depends on, apart from x: one branch of a group."""
+    """Everything except x that a layer's output depends on; also one branch of a group."""
 
     weight: Tensor  # (N, K)
     bias: Tensor | None  # (N,)
@@ -117,20 +117,20 @@ PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 def any_dtensor(*tensors: Tensor) -> bool:
-    """Whether one of the tensors is a DTensor; importing that class takes a second: it is only looked up."""
+    """Whether any of the tensors is a DTensor; looks the class up, as importing it takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
-# clip_grad_norm_ there scales a gradient that is a sum over the ranks as if each rank held the whole sum.
+# Before 2.13, clip_grad_norm_ scales a partial gradient (to be summed over the ranks) as if it were the sum.
 _CLIPS_PARTIAL_GRADIENTS_WRONGLY = TorchVersion(torch.__version__) < "2.13"
 
 
 def with_whole_gradients(parameters: Sequence[Any]) -> list[Tensor]:
-    """DTensors, redistributed to their own placements so that backward sums their gradients over the ranks.
+    """Redistribute DTensors to their own placements, so that backward sums their gradients over the ranks.
 
-    Without it they would get partial gradients, which clip_grad_norm_ mis-scales before torch 2.13. Returned
-    unchanged on newer versions and where no gradients are recorded.
+    Otherwise their gradients would stay partial, which clip_grad_norm_ mis-scales before torch 2.13. Newer
+    versions, and calls that record no gradients, get the parameters back unchanged.
     """
     if not (_CLIPS_PARTIAL_GRADIENTS_WRONGLY and torch.is_grad_enabled()):
         return list(parameters)
@@ -138,7 +138,7 @@ def with_whole_gradients(parameters: Sequence[Any]) -> list[Tensor]:
 
 
 def shared_seed(x: Tensor) -> Tensor:
-    """A dropout seed that all ranks of a DTensor's mesh agree on, however their generators stand."""
+    """A dropout seed that all ranks of a DTensor's mesh agree on, whatever the state of their generators."""
     seed = masks.new_seed(x.device)
     for group in x.device_mesh.get_all_groups() if hasattr(x, "device_mesh") else ():
         torch.distributed.broadcast(seed, group=group, group_src=0)
@@ -146,25 +146,25 @@ def shared_seed(x: Tensor) -> Tensor:
 
 
 def as_number(value: Any) -> Any:
-    """A real tensor of one element that needs no gradient, or a NumPy scalar, as a Python number.
+    """Convert a real one-element tensor that needs no gradient, or a NumPy scalar, to a Python number.
 
-    Anything else is returned as it is.
+    Anything else is returned unchanged.
     """
     if isinstance(value, Tensor):
         known = value.numel() == 1 and not (value.requires_grad or value.is_complex() or value.is_meta)
         return float(value) if known else value
-    # NumPy's float32 would be compared with Python's largest float in its own, narrower range.
+    # is_finite would compare a NumPy float32 with Python's largest float in float32's narrower range.
     foreign = isinstance(value, numbers.Real) and not isinstance(value, (float, numbers.Rational))
     return float(value) if foreign else value
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a number, an integer of any size too, is finite as a float; compiled code can trace it."""
+    """Whether a number, be it a huge integer, is finite as a float; torch.compile can trace it."""
     return bool(abs(value) <= sys.float_info.max)
 
 
 def check_alpha(alpha: float | Tensor) -> None:
-    """ValueError unless ``alpha`` is finite as a float, TypeError unless it is a number."""
+    """Raise TypeError unless ``alpha`` is a number, ValueError unless it is finite as a float."""
     alpha = as_number(alpha)
     if not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a number, got {alpha!r}")
@@ -173,7 +173,7 @@ def check_alpha(alpha: float | Tensor) -> None:
 
 
 def check_dropout(dropout: float) -> None:
-    """ValueError unless ``dropout`` is a probability, TypeError unless it is a number."""
+    """Raise TypeError unless ``dropout`` is a number, ValueError unless it is a probability."""
     if not isinstance(dropout, numbers.Real):
         raise TypeError(f"dropout must be a number in [0, 1], got {dropout!r}")
     if not 0.0 <= dropout <= 1.0:
@@ -181,13 +181,13 @@ def check_dropout(dropout: float) -> None:
 
 
 def autocast_on(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; the meta device has none, and PyTorch raises when asked."""
+    """Whether autocast is on for x's device; never on meta, for which PyTorch raises when asked."""
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that the layer computes in: autocast's where it is on and x can be cast, else x's."""
+    """The dtype the layer computes in: autocast's if it is on and x can be cast, otherwise x's."""
     if autocast_on(x) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -203,9 +203,9 @@ def _is_regular(
     dropout: float,
     seed: Tensor | None,
 ) -> bool:
-    """Whether the arguments are the common case, free of faults; as few look-ups as a small call affords.
+    """Whether the arguments are valid and of the common kind; few look-ups, to keep small calls cheap.
 
-    It must imply all that :func:`check_arguments` asks for after it.
+    Must imply every check that :func:`check_arguments` makes after it.
     """
     N, K = weight.shape
     R = B.shape[0]
@@ -234,12 +234,12 @@ def _is_regular(
 
 
 def needs_plain_operations() -> bool:
-    """Whether PyTorch's own operations have to run, for what looks into them.
+    """Whether plain PyTorch operations have to run because something needs to see them.
 
-    torch.func.grad, vmap and their like differentiate and batch them, forward-mode derivatives follow them,
-    torch.jit.trace records them.
+    torch.func transforms (grad, vmap and the like) differentiate and batch them, forward-mode AD follows
+    them, and torch.jit.trace records them.
     """
-    # torch.compile traces torch.func's transforms into its graph, and has its own way with the others.
+    # torch.compile traces torch.func's transforms into its graph and handles the other two by itself.
     return (
         torch._C._are_functorch_transforms_active()
         or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
@@ -257,12 +257,12 @@ def check_arguments(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
-    """Raise ValueError, or TypeError for what is not a tensor or number, unless the arguments fit."""
+    """Raise ValueError unless the arguments fit together, TypeError for one of the wrong type."""
     try:
         if _is_regular(x, weight, A, B, alpha, bias, dropout, seed):
             return
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        pass  # unusual or wrong
+        pass  # unusual or invalid: the checks below decide
     for name, tensor in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias), ("seed", seed)):
         if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "seed")):
             raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
@@ -338,32 +338,32 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x @ weight.T + alpha * (drop(x) @ B.T) @ A.T + bias, like ``F.linear`` with a LoRA update.
+    """``F.linear`` with a LoRA update: y = x @ weight.T + alpha * (drop(x) @ B.T) @ A.T + bias.
 
-    Gradients flow to x, A, B and bias; ``weight`` is frozen. Beyond x, M * R elements are kept for backward.
-    The formula is that of Hu et al. (2021), section 4.1, with the names A and B exchanged and ``alpha`` for
-    their alpha / r; :mod:`fastlora.reference` states it.
+    Gradients flow to x, A, B and bias; ``weight`` is frozen. Besides x, M * R elements are kept for backward.
+    The formula is that of Hu et al. (2021), section 4.1, with the names A and B swapped and ``alpha`` in
+    place of their alpha / r; see :mod:`fastlora.reference`.
 
     Args:
-        x: (..., K) activations of any strides; M is the product of the leading sizes and may be 0.
+        x: (..., K) activations with any strides; M is the product of the leading sizes and may be 0.
         weight: (N, K), the frozen weight, in x's dtype (any floating dtype under autocast).
         A: (N, R), the up-projection (PEFT's ``lora_B.weight``).
         B: (R, K), the down-projection (PEFT's ``lora_A.weight``), in A's dtype. The adapters may be float32
-            on a half-precision base; kernels and BLAS round them to x's dtype as they are read.
-        alpha: the multiplier of the update (PEFT's scaling, ``lora_alpha / r``).
+            on a half-precision base; they are rounded to x's dtype as kernels and BLAS read them.
+        alpha: the multiplier of the update (PEFT's ``scaling``, ``lora_alpha / r``).
         bias: (N,) in weight's dtype, or None.
-        dropout: probability in [0, 1] of dropping an element of the update's input, resolved to 1/65536. It
-            is applied whenever it is not 0, as this function has no training flag.
-        seed: int64 tensor of one element on x's device, which fixes the dropout mask on every path and
-            device; drawn from torch's generator if None.
+        dropout: probability in [0, 1] of dropping an element of the update's input, with a resolution of
+            1/65536. Applied whenever it is not 0, as this function has no training flag.
+        seed: one-element int64 tensor on x's device that determines the dropout mask, the same on every path
+            and device; drawn from torch's generator if None.
 
     Returns:
-        (..., N), in x's dtype (autocast's where it is on).
+        (..., N), in x's dtype (autocast's if it is on).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, a rank below 1, a ``weight`` that requires a
-            gradient, a dropout outside [0, 1] or NaN, an unusable seed.
-        TypeError: an argument that is not a tensor or a number, where one is expected.
+        ValueError: mismatched shapes, dtypes or devices, a rank below 1, a ``weight`` that requires a
+            gradient, a non-finite alpha, a dropout outside [0, 1] or NaN, an invalid seed.
+        TypeError: an argument that is not a tensor or number where one is expected.
         RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
     """
     alpha = as_number(alpha)
@@ -381,7 +381,7 @@ def compute(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """:func:`lora_linear` of arguments that have been checked."""
+    """:func:`lora_linear` for arguments that have been checked."""
     if autocast_on(x):
         dtype = compute_dtype(x)
         # Casting here, outside the function, gives every gradient its tensor's own dtype.
@@ -391,7 +391,7 @@ def compute(
             seed = seed.to(dtype)  # the mask itself, see ops.few_mask
     types = {type(x), type(weight), type(A), type(B)}
     if not types <= PLAIN_TENSORS and any_dtensor(x, weight, A, B):
-        # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
+        # Sharded tensors have no storage that a kernel could read; PyTorch's own operations handle them.
         if dropout > 0.0 and seed is None:
             seed = shared_seed(x)
         A, B = with_whole_gradients((A, B))
@@ -414,18 +414,18 @@ def compute(
 def plan(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Plan:
-    """What :func:`lora_linear` would run for these tensors, and why; nothing is computed.
+    """What :func:`lora_linear` would run for these tensors, and why; computes nothing.
 
     Args:
         x: (..., K). weight: (N, K). A: (N, R). B: (R, K). bias: (N,) or None.
         dropout: probability of dropping an element of the update's input.
 
     Returns:
-        A frozen :class:`Plan`: path, tile shape and reason of each product, ``path`` and ``reason`` those of
-        the forward gemm.
+        A frozen :class:`Plan` with the path, tile shape and reason of each product; its own ``path`` and
+        ``reason`` are those of the forward gemm.
 
     Raises:
-        ValueError: shapes or dtypes that ``lora_linear`` would refuse.
+        ValueError: arguments that ``lora_linear`` would reject.
         RuntimeError: inside ``use_path("triton")`` where the kernels cannot run.
     """
     check_arguments(x, weight, A, B, 1.0, bias, dropout, None)
@@ -433,7 +433,7 @@ def plan(
 
 
 def problem_of(like: Tensor, tokens: int, weight: Tensor, A: Tensor, dropout: float) -> Problem:
-    """What the plan depends on for an x of so many tokens, of the device and dtype of ``like``."""
+    """What the plan depends on, for an x of ``tokens`` tokens with the device and dtype of ``like``."""
     dtype = compute_dtype(like)
     return Problem(
         device=describe(like.device),

@@ -1,10 +1,10 @@
 """Layers that share their input: ``lora_linear_group`` and, in whole models, ``group_projections``.
 
-The functional form makes h of all branches in one pass over x and the gradient of x in one product. In a
-model a group lives for one call of the layers' parent alone: a hook hands the parent its input under another
-tensor object, which carries a :class:`_Call`; the first projection that is given this very object computes
-all of them, the others take theirs from it, and a second hook empties it when the parent is done. Nothing is
-kept on layers or threads, and ``torch.compile`` and checkpoints trace it as they trace any other code.
+The functional form computes h of all branches in one pass over x and the gradient of x in one product. In a
+model, a group exists only during one call of the layers' parent: a hook passes the parent its input as a new
+tensor object that carries a :class:`_Call`. The first projection called with this object computes the outputs
+of all, the others take theirs from the call, and a second hook empties it when the parent returns. No state
+is kept on layers or threads, and ``torch.compile`` and checkpointing trace it like any other code.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from fastlora.paths import current_mode
 
 # Children of one parent that are called with the same tensor.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-# The key of a parent's hooks, one for all: compiled code is guarded on the keys, and would be compiled anew
-# for each of a model's blocks. PyTorch's own keys count up from 0.
+# The key of the hooks on every parent. Compiled code is guarded on hook keys, so different ones would cause a
+# recompilation for each of a model's blocks. PyTorch's own keys count up from 0.
 _HOOK_KEY = -1
 
 
 class _LoRALinearGroup(torch.autograd.Function):
-    """x: (..., K) -> y: (..., N_i) of each branch and, for backward alone, h: (M, sum of R_i)."""
+    """x: (..., K) -> y: (..., N_i) of each branch and, for backward only, h: (M, sum of R_i)."""
 
     @staticmethod
     def forward(x, dropout, seed, mode, alphas, *tensors):
@@ -64,7 +64,7 @@ class _LoRALinearGroup(torch.autograd.Function):
         n = len(dys)
         if all(dy is None for dy in dys):
             return (None,) * (5 + 4 * n)
-        # Compiled backward passes are traced with gradients on; PyTorch itself refuses to differentiate them.
+        # Compiled backward passes are traced with grad mode on; PyTorch itself refuses to differentiate them.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "lora_linear_group: second derivatives (create_graph=True) are not implemented by the fused "
@@ -106,14 +106,14 @@ _apply = quick_apply(_LoRALinearGroup)
 
 
 def _by_kind(values: Sequence) -> tuple[list, list, list, list]:
-    """What belongs to weights, As, Bs and biases, of a sequence that holds them one after the other."""
+    """Split a sequence of entries for all weights, then all As, Bs and biases, into these four parts."""
     n = len(values) // 4
     weights, As, Bs, biases = (list(values[i * n : (i + 1) * n]) for i in range(4))
     return weights, As, Bs, biases
 
 
 def _chunks(ranks: Sequence[int]) -> Iterator[slice]:
-    """Neighbouring branches that one launch takes: up to MAX_BRANCHES, of up to MAX_RANK ranks together."""
+    """Runs of branches that fit in one launch: up to MAX_BRANCHES, with a total rank of up to MAX_RANK."""
     start = 0
     for stop in range(1, len(ranks) + 1):
         if stop == len(ranks) or stop - start == MAX_BRANCHES or sum(ranks[start : stop + 1]) > MAX_RANK:
@@ -131,7 +131,7 @@ def _check_branches(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
-    """The errors of ``lora_linear``, with the branch's number."""
+    """Raise the errors of ``lora_linear``, with the number of the branch."""
     for i, (weight, A, B, alpha, bias) in enumerate(zip(weights, As, Bs, alphas, biases, strict=True)):
         try:
             check_arguments(x, weight, A, B, alpha, bias, dropout, seed)
@@ -141,7 +141,7 @@ def _check_branches(
 
 
 def _sequences(arguments: dict[str, object]) -> list[list]:
-    """Each argument as a list; TypeError unless it is a sequence, ValueError unless all are equally long."""
+    """Each argument as a list; TypeError for a non-sequence, ValueError unless all have the same length."""
     lists = {}
     for name, values in arguments.items():
         if isinstance(values, (str, Tensor)) or not hasattr(values, "__iter__"):
@@ -169,11 +169,11 @@ def lora_linear_group(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """:func:`fastlora.lora_linear` of one x by several layers, such as q/k/v or gate/up, in fewer passes.
+    """:func:`fastlora.lora_linear` for layers that share one x, such as q/k/v or gate/up, in fewer passes.
 
-    Forward reads x once for the h of all branches; backward makes the gradient of x in one product and those
-    of all Bs in one pass over x. Branches may differ in out_features, rank, alpha and bias; all of them drop
-    the same elements of x. Gradients flow to x and each A, B and bias. Beyond x, M * (sum of R_i) elements
+    Forward reads x once for the h of all branches; backward computes the gradient of x in one product and
+    those of all Bs in one pass over x. Branches may differ in out_features, rank, alpha and bias; all drop
+    the same elements of x. Gradients flow to x and each A, B and bias. Besides x, M * (sum of R_i) elements
     are kept for backward.
 
     Args:
@@ -181,17 +181,17 @@ def lora_linear_group(
         weights: (N_i, K), frozen, in x's dtype (any floating dtype under autocast).
         As: (N_i, R_i). Bs: (R_i, K). Float32 adapters on a half-precision base are allowed.
         alphas: the multiplier of each update.
-        biases: (N_i,) or None for each branch; None for no bias at all.
+        biases: (N_i,) or None for each branch; None if no branch has a bias.
         dropout: probability in [0, 1] of dropping an element of the updates' input.
-        seed: int64 tensor of one element, which fixes the dropout mask; drawn from torch's generator if None.
+        seed: one-element int64 tensor that determines the dropout mask; drawn from torch's generator if None.
 
     Returns:
-        (..., N_i) for each branch, in x's dtype (autocast's where it is on).
+        (..., N_i) for each branch, in x's dtype (autocast's if it is on).
 
     Raises:
-        ValueError: sequences of different lengths or none at all, and all that ``lora_linear`` refuses, with
+        ValueError: sequences that are empty or differ in length, and anything ``lora_linear`` rejects, with
             the number of the branch.
-        TypeError: an argument that is no sequence, or an entry that is no tensor or number.
+        TypeError: an argument that is not a sequence, or an entry that is not a tensor or number.
         RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
     """
     given: dict[str, object] = {"weights": weights, "As": As, "Bs": Bs, "alphas": alphas}
@@ -208,7 +208,7 @@ def lora_linear_group(
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     tensors = [*weights, *As, *Bs, *biases]
     if not {type(t) for t in (x, *tensors) if t is not None} <= PLAIN_TENSORS and any_dtensor(x, *tensors):
-        # Sharded tensors have no storage that a kernel could read: PyTorch's own operations shard.
+        # Sharded tensors have no storage that a kernel could read; PyTorch's own operations handle them.
         if dropout > 0.0 and seed is None:
             seed = shared_seed(x)
         As, Bs = with_whole_gradients(As), with_whole_gradients(Bs)
@@ -237,7 +237,7 @@ def _fused(
     dropout: float,
     seed: Tensor | None,
 ) -> Sequence[Tensor]:
-    """The results of branches that one launch takes; everything is known to be right."""
+    """The results of branches that fit in one launch; the arguments have been checked."""
     if len(weights) == 1:
         return [lora_linear(x, weights[0], As[0], Bs[0], alphas[0], biases[0], dropout, seed)]
     alphas = [float(alpha) for alpha in alphas]
@@ -245,13 +245,13 @@ def _fused(
     tensors = (*weights, *As, *Bs, *biases)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         if torch.compiler.is_compiling():
-            tensors = _distinct(tensors)  # dynamo takes no tensor twice
+            tensors = _distinct(tensors)  # dynamo accepts no tensor twice
         return _apply(x, dropout, seed, mode, alphas, *tensors)[:-1]
     return ops.group_forward(x, weights, As, Bs, biases, alphas, dropout, seed, mode)[:-1]
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The tensors, with a view in the place of one that came before, such as a B that branches share."""
+    """The tensors, with each repeated one (such as a B that branches share) replaced by a view."""
     distinct: list[Tensor | None] = []
     for t in tensors:
         if t is not None and any(t is other for other in distinct):
@@ -261,7 +261,7 @@ def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 class _Call:
-    """One call of a parent: layers that may still be computed together, and outputs that wait to be taken."""
+    """One call of a parent: the groups not computed yet, and computed outputs not yet taken."""
 
     def __init__(self, owner: _Siblings, groups: list[tuple[nn.Module, ...]]) -> None:
         self.owner = owner
@@ -269,7 +269,7 @@ class _Call:
         self.waiting: list[tuple[nn.Module, tuple, Tensor]] = []
 
     def output_of(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The layer's output for x, the tensor that carries this call; None if it has to compute alone."""
+        """The layer's output for x, which carries this call; None if the layer has to compute alone."""
         state = _state(x)
         for i in range(len(self.waiting)):
             waiting, then, y = self.waiting[i]
@@ -279,7 +279,7 @@ class _Call:
         for i in range(len(self.groups)):
             group = self.groups[i]
             if layer in group:
-                del self.groups[i]  # Once for each call: a layer that is called again computes alone.
+                del self.groups[i]  # Once per call of the parent: a layer called again computes alone.
                 return self._compute(group, layer, x, state)
         return None
 
@@ -300,18 +300,18 @@ class _Call:
         return own
 
     def close(self) -> bool:
-        """Drop everything; whether an output was left over."""
+        """Drop everything; return whether an output was not taken."""
         unused = bool(self.waiting)
         self.groups, self.waiting = [], []
         return unused
 
 
 def _state(x: Tensor) -> tuple:
-    """What a layer's output depends on besides its parameters and the identity of x."""
+    """The state, besides its parameters and the identity of x, that a layer's output depends on."""
     autocast = autocast_on(x)
     return (
-        # A compiled graph has no number for it, so a parent that changes x in place between two projections
-        # is no case for it.
+        # A compiled graph has no version of x, so a parent that changes x in place between two projections is
+        # not supported there.
         0 if torch.compiler.is_compiling() else x._version,
         torch.is_grad_enabled(),
         autocast and torch.get_autocast_dtype(x.device.type),
@@ -320,7 +320,7 @@ def _state(x: Tensor) -> tuple:
 
 
 def _branches(group: Sequence[Any], x: Tensor | None) -> list[Operands] | str:
-    """What each layer would compute x with, or why they stay single; x None: as far as is known without."""
+    """The layers' operands for x, or why they run alone; with x None, as far as can be told without it."""
     branches = []
     for layer in group:
         branch = layer._group_branch(x)
@@ -341,7 +341,7 @@ def _branches(group: Sequence[Any], x: Tensor | None) -> list[Operands] | str:
 
 
 class _Siblings:
-    """The groups of one parent, by the names of its children; its two hooks are methods of this."""
+    """The groups of one parent, by the names of its children; its methods are the parent's two hooks."""
 
     def __init__(self, groups: Sequence[tuple[str, ...]]) -> None:
         self.groups = tuple(groups)
@@ -351,7 +351,7 @@ class _Siblings:
         self.without_input = False
 
     def members(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Any, ...] | str:
-        """The group's layers, or why it is none now."""
+        """The group's layers, or why they do not form a group at present."""
         if names in self.single:
             return self.single[names]
         layers = tuple([parent._modules.get(name) for name in names])
@@ -361,7 +361,7 @@ class _Siblings:
         return layers
 
     def before(self, parent: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Hand the parent its input under another tensor object, which carries the call."""
+        """Pass the parent its input as a new tensor object that carries the call."""
         groups = []
         for names in self.groups:
             layers = self.members(parent, names)
@@ -375,7 +375,7 @@ class _Siblings:
         if x is None:
             return None
         if x.requires_grad and not torch.is_grad_enabled():
-            with torch.enable_grad():  # The parent may turn gradients on again.
+            with torch.enable_grad():  # The parent may turn grad mode on again.
                 alias: Any = x.view_as(x)
         else:
             alias = x.view_as(x)
@@ -386,7 +386,7 @@ class _Siblings:
         )
 
     def after(self, parent: nn.Module, args: tuple, kwargs: dict, result: object) -> None:
-        """Empty the call, also when an exception ended it (``result`` is None then)."""
+        """Empty the call, even if the parent raised an exception (``result`` is then None)."""
         for value in (*args, *kwargs.values()):
             call = getattr(value, "_fastlora_call", None) if isinstance(value, Tensor) else None
             if call is None or call.owner is not self:
@@ -401,7 +401,7 @@ class _Siblings:
 
 
 def _may_learn() -> bool:
-    """Whether later calls may differ from this one: a checkpoint recomputes what its forward pass did."""
+    """Whether later calls may behave differently: a checkpoint must recompute what its forward pass did."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
@@ -409,9 +409,9 @@ def _may_learn() -> bool:
 
 
 def _only_input(values: Sequence[Any], K: int) -> Tensor | None:
-    """The one tensor among a parent's arguments that its layers may be meant to take, None if unclear.
+    """The only tensor among a parent's arguments that can be its layers' input, None if ambiguous.
 
-    Cross attention has two: what k and v take would be guessed.
+    Cross attention has two, and the input of k and v would be a guess.
     """
     found: Any = None
     for value in values:
@@ -422,7 +422,7 @@ def _only_input(values: Sequence[Any], K: int) -> Tensor | None:
         if found is not None:
             return None
         found = value
-    # Inference tensors have no version that would show a change in place.
+    # Inference tensors have no version counter, so in-place changes would go unnoticed.
     if found is None or (not torch.compiler.is_compiling() and found.is_inference()):
         return None
     return found
@@ -444,24 +444,24 @@ def group_projections(model: nn.Module) -> nn.Module:
     """Let adapted sibling layers of a model, such as q/k/v and gate/up, run as groups, in place.
 
     Siblings are children of one module called q_proj, k_proj and v_proj, or query, key and value, or
-    gate_proj and up_proj; two of them with adapters make a group, in a model of ``apply_lora`` as in one of
-    ``fuse_peft``. The first that is called with the parent's own input computes all of them by
-    :func:`lora_linear_group`; the others, called with that very tensor, take theirs. Values and gradients are
-    the same up to rounding; in training with dropout the siblings share one mask. Only hooks are put on the
-    parents: layers, parameters and names stay. Siblings compute alone wherever the group would not give the
-    same: called with different tensors (cross attention) or outside the parent, merged or disabled adapters,
-    hooks on them, sharded weights, different dropouts, inference mode. :func:`fastlora.summary` has the
-    reasons.
+    gate_proj and up_proj; two or more with adapters form a group, after ``apply_lora`` as after
+    ``fuse_peft``. The first one called with the parent's own input computes the outputs of all by
+    :func:`lora_linear_group`; the others, if called with the same tensor object, take theirs. Values and
+    gradients are the same up to rounding; in training with dropout the siblings share one mask. Only hooks
+    are added to the parents: layers, parameters and names stay. Siblings compute alone wherever the group
+    would not give the same: called with different tensors (cross attention) or outside the parent, merged or
+    disabled adapters, hooks on them, sharded weights, different dropouts, inference mode.
+    :func:`fastlora.summary` lists the reasons.
 
     Args:
-        model: any module; calling this again looks for siblings anew.
+        model: any module; calling this again searches for siblings again.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: no siblings with adapters. The model is left as it was.
+        ValueError: no siblings with adapters. The model is left unchanged.
     """
     check_model(model, "group_projections")
     found = {}
@@ -491,7 +491,7 @@ def group_projections(model: nn.Module) -> nn.Module:
 
 
 def _hooks_of(module: nn.Module) -> Iterator[tuple[dict, ...]]:
-    """A module's hooks by their keys, and what PyTorch notes of each under the same key."""
+    """A module's hook dictionaries, each with those in which PyTorch records flags under the same keys."""
     yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
     yield module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
 
@@ -501,7 +501,7 @@ def _is_ours(hook: object, siblings: _Siblings) -> bool:
 
 
 def ungroup_projections(model: nn.Module) -> nn.Module:
-    """Undo :func:`group_projections`; nothing to do where nothing is grouped.
+    """Undo :func:`group_projections`; no effect if nothing is grouped.
 
     Returns:
         ``model``.
@@ -520,13 +520,13 @@ def ungroup_projections(model: nn.Module) -> nn.Module:
 
 
 def check_model(model: nn.Module, function: str) -> None:
-    """TypeError, starting with the function's name, for what is no module."""
+    """Raise a TypeError prefixed with the function's name unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def group_states(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """(parent, names of its children, why they stay single or "") of every group of a model."""
+    """(parent, names of its children, why they run alone or "") of every group of a model."""
     for path, module, siblings in _hooked_parents(model):
         for names in siblings.groups:
             layers = siblings.members(module, names)

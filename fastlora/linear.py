@@ -1,4 +1,4 @@
-"""``FusedLoRALinear``: an ``nn.Linear`` with a LoRA adapter in the same operator."""
+"""``FusedLoRALinear``: an ``nn.Linear`` and its LoRA adapter, computed by one operator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWN_ATTRIBUTES = (
     "_merged_alpha",
     "_weight_shared_with",
 )
-# The child that holds what disable_adapter has taken out of a module; see fastlora.disable.
+# The child module that holds what disable_adapter has taken out of a module; see fastlora.disable.
 PUT_ASIDE = "_put_aside"
 _OWN_PARTS = ("weight", "bias", "A", "B", "parametrizations", PUT_ASIDE)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,15 +42,15 @@ _HOOK_DICTS = (
 
 
 def _keep_fast_path_off(module: nn.Module, inputs: tuple) -> None:
-    """A hook that does nothing: its presence switches the fast path of ``nn.TransformerEncoderLayer`` off.
+    """A no-op hook whose presence turns off the fast path of ``nn.TransformerEncoderLayer``.
 
-    In eval mode ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` itself and never calls the layer, so
-    an adapter would be silently ignored; it does not where a submodule has a hook.
+    In eval mode the fast path reads ``linear1.weight`` directly instead of calling the layer, so an adapter
+    would be silently ignored. PyTorch does not take it if any submodule has a hook.
     """
 
 
 def _rebind_load_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Hand on what runs before ``load_state_dict``; such a hook holds its module, so each is wrapped anew."""
+    """Copy the ``load_state_dict`` pre-hooks; each holds its module, so each is wrapped again for target."""
     hooks: dict[int, Any] = source._load_state_dict_pre_hooks
     for key, hook in hooks.items():
         bound = target if getattr(hook, "with_module", False) else None
@@ -58,14 +58,14 @@ def _rebind_load_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def _copy_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Hand on what others have put on a module, such as a library's own marks."""
+    """Copy attributes that others have set on a module, such as a library's own markers."""
     for name, value in vars(source).items():
         if name not in vars(target) and name not in _OWN_ATTRIBUTES:
             vars(target)[name] = value
 
 
 def _copy_extras(source: nn.Module, target: nn.Module) -> None:
-    """Hand on what others have registered on a module, such as an observer's counters; shared, not copied."""
+    """Share what others have registered on a module, such as an observer's counters; nothing is copied."""
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, value in vars(source)[kind].items():
             if name not in _OWN_PARTS:
@@ -91,7 +91,7 @@ def check_adapter_dtype(dtype: torch.dtype) -> None:
 
 
 def why_unusable(linear: nn.Linear) -> str | None:
-    """What an adapted layer would ignore or cannot read of an ``nn.Linear``, None if nothing."""
+    """Why an ``nn.Linear`` cannot be adapted (the layer would ignore or misread part of it), else None."""
     if "forward" in vars(linear):
         return "its forward is replaced, which the adapted layer would ignore"
     extra = [*(linear._parameters.keys() - {"weight", "bias"}), *linear._buffers, *linear._modules]
@@ -110,21 +110,22 @@ def why_unusable(linear: nn.Linear) -> str | None:
 class FusedLoRALinear(nn.Linear):
     """y = x @ weight.T + alpha * (drop(x) @ B.T) @ A.T + bias with ``weight`` and ``bias`` frozen.
 
-    Parameters: ``weight`` (out_features, in_features) and ``bias`` (out_features,) as in ``nn.Linear``, ``A``
-    (out_features, rank), zero at start, and ``B`` (rank, in_features), kaiming-uniform. ``alpha`` is the
-    plain multiplier, PEFT's ``lora_alpha / r``; it and ``dropout`` may be changed at any time, to values that
-    the constructor takes. ``rank`` is that of ``A`` and ``B``. Dropout acts in training mode only.
+    Parameters: ``weight`` (out_features, in_features) and ``bias`` (out_features,) as in ``nn.Linear``; ``A``
+    (out_features, rank), initialised to zero; ``B`` (rank, in_features), kaiming-uniform. ``alpha`` is the
+    plain multiplier, PEFT's ``lora_alpha / r``; it and ``dropout`` can be changed at any time, to any value
+    that the constructor accepts. ``rank`` is that of ``A`` and ``B``. Dropout acts in training mode only.
 
     Args:
         in_features: K. out_features: N. rank: R, at least 1.
         alpha: multiplier of the update.
         bias: whether the layer has a bias.
         dropout: probability in [0, 1] of dropping an element of the update's input.
-        device: of every parameter. dtype: of weight and bias.
-        adapter_dtype: of A and B; None for weight's.
+        device: device of every parameter. dtype: dtype of weight and bias.
+        adapter_dtype: dtype of A and B; None means weight's.
 
     Raises:
-        ValueError: rank below 1, dropout outside [0, 1], non-finite alpha, an integer dtype for the adapters.
+        ValueError: rank below 1, dropout outside [0, 1], non-finite alpha, or an adapter dtype that is not
+            floating-point of 16, 32 or 64 bits.
         TypeError: a rank that is not an integer, an alpha or dropout that is not a number.
     """
 
@@ -150,12 +151,12 @@ class FusedLoRALinear(nn.Linear):
     def _add_adapter(
         self, rank: int, alpha: float, dropout: float, adapter_dtype: torch.dtype | None
     ) -> None:
-        """Freeze weight and bias and create the adapter beside them, on weight's device."""
+        """Freeze weight and bias and create the adapter on weight's device."""
         self.alpha = alpha
         self.dropout = dropout
         self.adapter_enabled = True
         self._merged_alpha: float | None = None
-        # Other holders of this weight, as far as apply_lora saw; merge() must not touch it then.
+        # Other holders of this weight, as found by apply_lora; if there are any, merge() must not write it.
         self._weight_shared_with: tuple[str, ...] = ()
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -175,15 +176,15 @@ class FusedLoRALinear(nn.Linear):
         dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
     ) -> FusedLoRALinear:
-        """An adapted layer around an existing one; shares its weight and bias (no copy) and freezes them.
+        """Adapt an existing layer, sharing its weight and bias (no copy) and freezing them.
 
-        The layer takes over the linear's training mode, hooks, extra attributes, buffers and the like.
+        The new layer takes over the training mode, hooks, extra attributes, buffers and the like.
 
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear`` (a subclass may compute something else, or
                 its parent may never call it, as with ``MultiheadAttention.out_proj``).
-            ValueError: it has an adapter already; a replaced ``forward``, a weight that is computed from
-                other tensors or is no floating-point one, or arguments that the constructor refuses.
+            ValueError: ``linear`` already has an adapter, a replaced ``forward``, or a weight that is
+                computed from other tensors or not floating-point; or the constructor rejects an argument.
         """
         if isinstance(linear, FusedLoRALinear):
             raise ValueError(f"from_linear: the layer has an adapter already: {linear}")
@@ -202,7 +203,7 @@ class FusedLoRALinear(nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         for name in _HOOK_DICTS:
             if getattr(linear, name, None):
-                # The very same dictionary: a handle that removes a hook keeps working.
+                # Share the dictionary itself, so that handles can still remove their hooks.
                 setattr(layer, name, getattr(linear, name))
         _rebind_load_hooks(linear, layer)
         layer._is_full_backward_hook = linear._is_full_backward_hook
@@ -222,31 +223,31 @@ class FusedLoRALinear(nn.Linear):
             self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """A zeros, so that training starts from the frozen layer; B kaiming_uniform with a = sqrt(5).
+        """Set A to zero, so that training starts from the frozen layer, and B to kaiming_uniform(a=sqrt(5)).
 
         Raises:
-            ValueError: merged, as unmerge() could no longer take the update out of weight; inside
-                ``disable_adapter``.
+            ValueError: the layer is merged, so unmerge() could no longer remove the update from weight; or
+                inside ``disable_adapter``.
         """
         self._check_resettable("reset_lora_parameters")
         nn.init.zeros_(self.A)
         nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
 
     def _check_resettable(self, method: str) -> None:
-        """ValueError where new values of A and B would make the weight that unmerge() gives a wrong one."""
+        """Raise ValueError if, with new values of A and B, unmerge() would restore a wrong weight."""
         if self.merged:
             raise ValueError(f"{method}: the layer is merged: call unmerge() first")
-        if not self.adapter_enabled:  # A merged layer holds the unmerged weight there, for a while.
+        if not self.adapter_enabled:  # A merged layer temporarily holds its unmerged weight.
             raise ValueError(f"{method}: the adapter is disabled: leave disable_adapter first")
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features) -> (..., out_features); see :func:`fastlora.lora_linear` for errors.
 
-        The argument has the name that ``nn.Linear`` gives it, for callers that use it.
+        The argument is named as in ``nn.Linear``, for callers that pass it by keyword.
         """
         if not self.adapter_enabled or self._merged_alpha is not None:
             return F.linear(input, self.weight, self.bias)
-        # See fastlora.group; torch.fx's stand-in for a tensor has any attribute.
+        # See fastlora.group. The type is checked because torch.fx's proxies have every attribute.
         call = getattr(input, "_fastlora_call", None) if isinstance(input, Tensor) else None
         if call is not None:
             y = call.output_of(self, input)
@@ -256,9 +257,9 @@ class FusedLoRALinear(nn.Linear):
         return lora_linear(input, self.weight, self.A, self.B, self.alpha, self.bias, dropout)
 
     def _group_branch(self, x: Tensor | None) -> Operands | str:
-        """The layer's part of a group that computes x, or why it stays single.
+        """The layer's operands as a branch of a group applied to x, or why it has to run alone.
 
-        x None: as far as is known without it.
+        With x None, as far as can be told without it.
         """
         if self.merged or not self.adapter_enabled:
             return "merged" if self.merged else "adapter disabled"
@@ -274,7 +275,7 @@ class FusedLoRALinear(nn.Linear):
         if self.weight.requires_grad:
             return "a base weight that is trained"
         if x is not None:
-            # FSDP2 gathers them for the call.
+            # Checked with x only, as FSDP2 gathers the parameters just for the call.
             if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors if tensor is not None):
                 return "sharded or otherwise special parameters"
             if not self._fits(x):
@@ -282,7 +283,7 @@ class FusedLoRALinear(nn.Linear):
         return Operands(*tensors, self.alpha, self.dropout if self.training else 0.0)
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether lora_linear would take x; where not, each layer raises its own error."""
+        """Whether lora_linear would accept x; if not, each layer runs alone and raises its own error."""
         return (
             x.shape[-1] == self.in_features
             and x.device == self.weight.device == self.A.device == self.B.device
@@ -292,7 +293,7 @@ class FusedLoRALinear(nn.Linear):
 
     @property
     def alpha(self) -> float:
-        """The multiplier of the update; anything but a finite number is an error."""
+        """The multiplier of the update; must be a finite number."""
         return self._alpha
 
     @alpha.setter
@@ -302,7 +303,7 @@ class FusedLoRALinear(nn.Linear):
 
     @property
     def dropout(self) -> float:
-        """The probability of dropping an element of the update's input; outside [0, 1] it is an error."""
+        """The probability of dropping an element of the update's input; must be in [0, 1]."""
         return self._dropout
 
     @dropout.setter
@@ -312,7 +313,7 @@ class FusedLoRALinear(nn.Linear):
 
     @property
     def rank(self) -> int:
-        """R, the rows of B."""
+        """R, the number of rows of B."""
         return self.B.shape[0]
 
     @property
@@ -321,14 +322,14 @@ class FusedLoRALinear(nn.Linear):
         return self._merged_alpha is not None
 
     def _updated_weight(self, alpha: float) -> Tensor:
-        """weight + alpha * A @ B: (out_features, in_features), summed in at least fp32, in weight's dtype."""
+        """weight + alpha * A @ B: (out_features, in_features), in weight's dtype, summed in at least fp32."""
         dtype = torch.promote_types(torch.promote_types(self.weight.dtype, self.A.dtype), torch.float32)
         return torch.addmm(self.weight.to(dtype), self.A.to(dtype), self.B.to(dtype), alpha=alpha).to(
             self.weight.dtype
         )
 
     def _merged_weight(self, name: str) -> Tensor:
-        """The weight with the update; ValueError, starting with ``name``, if it is unknown or not finite."""
+        """The weight with the update; a ValueError prefixed with ``name`` if unknown or not finite."""
         self._check_values(name)
         merged = self._updated_weight(self.alpha)
         if not torch.isfinite(merged).all() and torch.isfinite(self.weight).all():
@@ -338,7 +339,7 @@ class FusedLoRALinear(nn.Linear):
         return merged
 
     def _check_values(self, name: str) -> None:
-        """ValueError, starting with ``name``, where the values lie elsewhere."""
+        """Raise a ValueError prefixed with ``name`` if weight, A or B is on the meta device."""
         unknown = [each for each in ("weight", "A", "B") if getattr(self, each).is_meta]
         if unknown:
             raise ValueError(
@@ -347,7 +348,7 @@ class FusedLoRALinear(nn.Linear):
             )
 
     def _check_plain_weight(self, name: str) -> None:
-        """ValueError, starting with ``name``, for a weight that something else computes: it cannot be set."""
+        """Raise a ValueError prefixed with ``name`` if a parametrization computes the weight."""
         if "weight" not in self._parameters:
             raise ValueError(
                 f"{name}: the weight {tuple(self.weight.shape)} is computed by a parametrization such as "
@@ -356,16 +357,16 @@ class FusedLoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to weight, in place; forward is then one plain linear. No effect if merged already.
+        """Add the update to weight in place; forward is then one plain linear. No effect if already merged.
 
-        In half precision the sum is rounded to weight's dtype, so :meth:`unmerge` restores the weight up to
-        that rounding.
+        The sum is rounded to weight's dtype, so in half precision :meth:`unmerge` restores the weight only up
+        to that rounding.
 
         Raises:
-            ValueError: another module holds the same weight (tied embeddings), as far as ``apply_lora`` or
-                ``load_adapter`` saw (``from_linear`` sees no model); a parametrization computes it; the sum
-                is not finite; inside ``disable_adapter``; values on the meta device, as of an offloaded
-                model. The weight is left as it was.
+            ValueError: another module shares the weight (tied embeddings), as found by ``apply_lora`` or
+                ``load_adapter`` (``from_linear`` sees no model); a parametrization computes it; the sum is
+                not finite; inside ``disable_adapter``; values on the meta device, as in an offloaded model.
+                The weight is left unchanged.
         """
         if self.merged:
             return
@@ -382,9 +383,9 @@ class FusedLoRALinear(nn.Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the update out of weight again, in place. No effect if not merged.
+        """Subtract the update from weight, in place. No effect if not merged.
 
-        The update is that of A and B as they are now: do not change them while they are merged.
+        The update is recomputed from the current A and B: do not change them while they are merged.
 
         Raises:
             ValueError: a parametrization computes the weight; values on the meta device.
@@ -398,13 +399,13 @@ class FusedLoRALinear(nn.Linear):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` that computes the same; this layer stays as it is.
+        """Return a plain ``nn.Linear`` that computes the same; this layer is left unchanged.
 
-        Its weight is new (a merged layer's is shared), its bias shared, its training mode, hooks, extra
-        attributes, buffers and the like this layer's.
+        The weight is new (shared if this layer is merged) and the bias shared; training mode, hooks, extra
+        attributes, buffers and the like are this layer's.
 
         Raises:
-            ValueError: the weight with the update is not finite, or on the meta device.
+            ValueError: the weight with the update is not finite, or its values are on the meta device.
         """
         weight = (
             self.weight

@@ -2,8 +2,8 @@
 
     keep[row, column] = bits16(philox4x32(seed, counter=(column // 8, row, 0, 0)))[column % 8] >= p * 65536
 
-The kernels draw it again wherever they need it (``kernels/dropout.py``); here PyTorch and, for few elements,
-numpy do.
+The kernels recompute it wherever they need it (``kernels/dropout.py``); here it is computed by PyTorch or,
+for few elements, by numpy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ except ImportError:  # PyTorch runs without it.
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """A dropout seed, int64 of shape (1,), drawn from torch's generator of ``device``."""
+    """A dropout seed, int64 of shape (1,), drawn from torch's generator for ``device``."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
@@ -31,27 +31,27 @@ _PHILOX_MULTIPLIER_0, _PHILOX_MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_KEY_STEP_0, _PHILOX_KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
 _LOW32 = 0xFFFFFFFF
 
-# One Philox call gives 128 bits: 16 for each of this many neighbouring columns.
+# One Philox call gives 128 bits: 16 for each of this many adjacent columns.
 COLUMNS_PER_CALL = 8
 
-# Up to this many elements a mask on the CPU is drawn by numpy, whose calls take less time than PyTorch's:
-# 25 us against 120 us for one token of 1024 columns, 125 against 200 us for 64 of them (one thread).
+# Up to this many elements a mask on the CPU is computed by numpy, whose calls take less time than PyTorch's:
+# 25 us against 120 us for one token of 1024 columns, 125 us against 200 us for 64 tokens (one thread).
 _FEW_ELEMENTS = 2**16
 
 
 def keep_threshold(dropout: float) -> int:
-    """The 16-bit threshold of dropout probability ``dropout``: an element is kept where its bits reach it."""
+    """The 16-bit threshold for probability ``dropout``: an element is kept if its bits are at least this."""
     return round(dropout * 65536)
 
 
 def _philox(columns: Tensor, rows: Tensor, seed: int | Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32 with seven rounds of the counters (column, row, 0, 0): four words, each (rows, columns).
+    """Philox4x32 with seven rounds on the counters (column, row, 0, 0): four words, each (rows, columns).
 
-    Words lie in the low halves of int64 numbers: a 32 x 32-bit product wraps, but its bits do not change, so
+    Words are in the low halves of int64 numbers: a 32 x 32-bit product wraps, but its bits do not change, so
     shift and mask still read both halves. Only a word about to be multiplied needs a clean high half, and the
-    first two rounds work on one row and one column, as two of the counters are constant: six passes over the
-    grid a round, in place, make this four times as fast as the plain form (5.5 ms against 23 ms at 2048 x
-    1024, two Zen 3 cores).
+    first two rounds work on one row and one column, as two of the counters are constant. With six in-place
+    passes over the grid per round, this is four times as fast as the plain form (5.5 ms against 23 ms at
+    2048 x 1024, two Zen 3 cores).
     """
     keys = [
         ((seed + _PHILOX_KEY_STEP_0 * i) & _LOW32, ((seed >> 32) + _PHILOX_KEY_STEP_1 * i) & _LOW32)
@@ -67,7 +67,7 @@ def _philox(columns: Tensor, rows: Tensor, seed: int | Tensor) -> tuple[Tensor, 
     product_1 = (high(column_product) ^ keys[0][1]) * _PHILOX_MULTIPLIER_1
     c2 = (high(product_0) ^ keys[1][1]) ^ (column_product & _LOW32)
     column_product = (high(product_1) ^ keys[1][0]) * _PHILOX_MULTIPLIER_0
-    # Round 3 fills the grid of every word.
+    # In round 3 every word fills the grid.
     c1 = c2 * _PHILOX_MULTIPLIER_1
     c0 = high(c1) ^ ((product_1 & _LOW32) ^ keys[2][0])
     c2 = (product_0 & _LOW32) ^ (high(column_product) ^ keys[2][1])
@@ -96,7 +96,7 @@ def _philox_constants():
 
 @functools.lru_cache(maxsize=16)
 def _philox_start(rows: int, groups: int):
-    """Words (0, 2), but for the key, and words (1, 3) after round 1: uint32 (2, rows * groups) each."""
+    """Words (0, 2), without the key, and words (1, 3) after round 1: uint32 (2, rows * groups) each."""
     product = numpy.arange(groups, dtype=numpy.uint64) * numpy.uint64(_PHILOX_MULTIPLIER_0)
     even, odd = numpy.zeros((2, 2, rows, groups), numpy.uint32)
     even[0] = numpy.arange(rows, dtype=numpy.uint32)[:, None]
@@ -108,14 +108,15 @@ def _philox_start(rows: int, groups: int):
 def _few_philox_bits(rows: int, groups: int, seed: int):
     """What :func:`_philox` computes, as numpy's uint16 (rows, groups * COLUMNS_PER_CALL).
 
-    A round multiplies words (0, 2) in one call and reads the halves of both products as views. Crosswise,
-    the high halves, xor words (1, 3), xor the key, are the new words (0, 2), and the low halves words (1, 3).
+    A round multiplies words (0, 2) in one call and reads the halves of both products as views. With the two
+    products swapped, the high halves xor words (1, 3) xor the key are the new words (0, 2), and the low
+    halves the new words (1, 3).
     """
     multipliers, key_steps = _philox_constants()
     keys = key_steps + numpy.array([[seed & _LOW32], [seed >> 32 & _LOW32]], numpy.uint32)
     even, odd = _philox_start(rows, groups)
     even = even ^ keys[0]
-    products = numpy.empty((2, *even.shape), numpy.uint64)  # two in turns: odd is a view of the last one
+    products = numpy.empty((2, *even.shape), numpy.uint64)  # two in turns, as odd is a view of the last
     halves = products.view(numpy.uint32)[:, ::-1]
     for i in range(1, PHILOX_ROUNDS):
         numpy.multiply(even, multipliers, out=products[i % 2])
@@ -129,17 +130,17 @@ def _few_philox_bits(rows: int, groups: int, seed: int):
 
 @functools.lru_cache(maxsize=64)
 def _few_keep(seed: int, rows: int, columns: int, threshold: int) -> Tensor:
-    """The mask of few elements; remembered, as backward asks for what forward has drawn."""
+    """The mask of few elements; cached, as backward needs the mask of forward again."""
     bits = _few_philox_bits(rows, -(-columns // COLUMNS_PER_CALL), seed)
     return torch.from_numpy(bits >= threshold)[:, :columns]
 
 
 def shared_keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
-    """:func:`keep_mask` for those who only read it: others may get the same tensor."""
+    """:func:`keep_mask` for read-only use: other callers may get the same tensor."""
     threshold = keep_threshold(dropout)
     if threshold in (0, 65536):
         return torch.full((rows, columns), threshold == 0, device=seed.device)
-    # On a GPU the seed stays a tensor: reading its value would wait for the device.
+    # On a GPU the seed stays a tensor: reading its value would synchronise with the device.
     on_cpu = seed.device.type == "cpu"
     key = int(seed) if on_cpu else seed.reshape(())
     if on_cpu and rows * columns <= _FEW_ELEMENTS and numpy is not None and not torch.compiler.is_compiling():
@@ -159,10 +160,10 @@ def keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     """The keep mask of dropout, a function of (seed, row, column) alone.
 
     Args:
-        seed: int64 tensor of one element; both its halves are the Philox key.
+        seed: one-element int64 tensor, whose two halves are the Philox key.
         rows: number of rows M (tokens).
         columns: number of columns K.
-        dropout: probability of dropping an element, in [0, 1], resolved to 1/65536.
+        dropout: probability in [0, 1] of dropping an element, with a resolution of 1/65536.
 
     Returns:
         bool tensor (rows, columns) on ``seed``'s device, True where the element is kept.
@@ -171,12 +172,12 @@ def keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
 
 
 def is_batched(seed: Tensor) -> bool:
-    """Whether vmap runs over seeds, its own (randomness="different") or the caller's."""
+    """Whether vmap maps over seeds, its own (randomness="different") or the caller's."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(seed)
 
 
 def functional_keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
-    """:func:`keep_mask` in operations for vmap and traces: nothing in place, no view of another dtype."""
+    """:func:`keep_mask` for vmap and traces: no in-place operations, no views as another dtype."""
     column = torch.arange(-(-columns // COLUMNS_PER_CALL), device=seed.device).unsqueeze(0)
     row = torch.arange(rows, device=seed.device).unsqueeze(1)
     key_0, key_1 = seed.reshape(()) & _LOW32, (seed.reshape(()) >> 32) & _LOW32
@@ -193,7 +194,7 @@ def functional_keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) 
 
 
 def keep_scale(dropout: float) -> float:
-    """What a kept element is multiplied by: 1 / (1 - p) for the p that was asked for; 0 where none is kept.
+    """The factor on kept elements: 1 / (1 - p) for the requested p, or 0 if no element is kept.
 
     Elements are kept with a probability rounded to 1/65536, which biases the mean by less than
     8e-6 / (1 - p).

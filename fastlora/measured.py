@@ -1,8 +1,8 @@
-"""Measured times of the paths: the rows that the planner prefers to its estimate, and where they come from.
+"""Measured times of the paths: the rows that the planner prefers to its estimate, and their files.
 
 A row is one path of one product of a layer, timed at one shape on one GPU. The user's own rows (written by
-``python -m fastlora tune`` to a file in the cache folder) come before those that ship with the package. A
-file is read once, when the first plan for a GPU is made; one that cannot be used is ignored with a warning.
+``python -m fastlora tune`` to a file in the cache folder) take precedence over those shipped with the
+package. A file is read once, when the first plan for a GPU is made; unusable ones are ignored with a warning.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from typing import Any
 
 from fastlora.kernels.configs import ALIGNED
 
-# Raised whenever the meaning of a row changes, or the kernels so much that older times are of no use.
+# Incremented when the meaning of a row changes, or the kernels change so much that older times are useless.
 VERSION = 2
 OK = "ok"
-# The products of a layer with the sizes that each depends on. "forward" is h and y made by one launch, for
-# few tokens; "g+dA" is g and dA made by one launch, which reads dy once.
+# The products of a layer and the sizes that each depends on. "forward" is h and y computed in one launch, for
+# few tokens; "g+dA" is g and dA computed in one launch, which reads dy once.
 SIZES = {"h": "K", "y": "NK", "g": "N", "dx": "NK", "dA": "N", "dB": "K", "forward": "NK", "g+dA": "N"}
 # The paths of each product. "together" is the one launch, "apart" is g and dA each on its own fastest path.
-# For dx with dropout, "addmm" is the BLAS's product followed by the kernel that adds the update.
+# For dx with dropout, "addmm" is the BLAS product followed by the kernel that adds the update.
 PATHS = {
     **dict.fromkeys(SIZES, ("triton", "addmm")),
     "forward": ("small", "triton", "addmm"),
     "g+dA": ("together", "apart"),
 }
 DTYPES = ("float16", "bfloat16")
-# A row applies where N and K differ from its own by at most a factor of 2**_NEAR; M and R have buckets.
+# A row applies if N and K differ from its own by at most a factor of 2**_NEAR; M and R are bucketed.
 _NEAR = 0.5
 HOPPER = "+hopper"
 _SHIPPED = Path(__file__).with_name("measured.csv")
@@ -52,10 +52,10 @@ def is_aligned(product: str, N: int, K: int) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """One path of one product at one shape; ``microseconds`` is None where ``status`` is not "ok".
+    """One path of one product at one shape; ``microseconds`` is None if ``status`` is not "ok".
 
     Raises:
-        ValueError: a value that no measurement gives.
+        ValueError: a value that no measurement can give.
     """
 
     gpu: str
@@ -88,12 +88,12 @@ class Row:
 
     @property
     def family(self) -> tuple:
-        """What a row shares with those that a failed check of its path disqualifies."""
+        """The key shared by all rows that a failed check of this row's path disqualifies."""
         return family(self.gpu, self.capability, self.triton, self.dtype, self.product, self.R, self.dropout)
 
     @property
     def time(self) -> float:
-        """Microseconds, infinite where none were measured."""
+        """Microseconds, infinite if not measured."""
         return math.inf if self.microseconds is None else self.microseconds
 
     @property
@@ -105,7 +105,7 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
 
 def bucket(size: int, least: int = 1) -> int:
-    """The smallest power of two that holds ``size``, at least ``least``."""
+    """The smallest power of two that is at least ``size``, but no less than ``least``."""
     return max(least, 1 << (size - 1).bit_length())
 
 
@@ -116,14 +116,14 @@ def family(gpu: str, capability: int, triton: str, dtype: str, product: str, R: 
 
 @dataclass(frozen=True)
 class Finding:
-    """What rows say of a product: its fastest path that passed its check, and a sentence with the figures."""
+    """The result for a product: its fastest path that passed its check, and a reason with the times."""
 
     path: str
     reason: str
 
 
 class Table:
-    """The rows of one file. ``source``: how a reason names it, with ``{gpu}`` where the GPU belongs."""
+    """The rows of one file. ``source``: its name in reasons, with ``{gpu}`` in place of the GPU."""
 
     def __init__(self, rows: Iterable[Row] = (), source: str = "") -> None:
         self.machines: set[tuple[str, int, str]] = set()
@@ -141,10 +141,10 @@ class Table:
         return frozenset(self._failed.get(key, ()))
 
     def find(self, key: tuple, M: int, N: int, K: int, R: int, refused: frozenset[str]) -> Finding | None:
-        """The rows of the nearest shape in this family, None where none is near or no path may be chosen.
+        """The finding for the nearest shape in this family, None if none is near or no path is allowed.
 
-        ``refused``: paths that may not, though they passed at this shape. Sizes that the kernels read slowly
-        and others say nothing of each other.
+        ``refused``: paths not allowed even if they passed at this shape. Unaligned sizes, which the kernels
+        read slowly, only match themselves.
         """
         asked = {"N": N, "K": K}
 
@@ -178,10 +178,10 @@ class Table:
 
 
 def user_file() -> Path | None:
-    """Where the user's own rows lie, None where there is no cache folder; the file need not exist."""
+    """The path of the user's own rows, None if there is no cache folder; the file need not exist."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        # The specification of that variable says to ignore relative paths.
+        # The XDG specification says to ignore relative paths.
         folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     except RuntimeError:
         return None
@@ -193,7 +193,7 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no such file, or one of another version; names the line.
+        ValueError: it is not such a file, or has another version; names the line.
     """
     with open(path, newline="", encoding="utf-8") as file:
         try:
@@ -248,7 +248,7 @@ def _load(path: Path, source: str) -> Table:
 
 
 def hopper_asked_for() -> bool:
-    """Whether ``FASTLORA_HOPPER=1`` asks for the warp-specialised loop, which has not been measured."""
+    """Whether ``FASTLORA_HOPPER=1`` requests the warp-specialised loop, which has not been measured."""
     return os.environ.get("FASTLORA_HOPPER", "0") == "1"
 
 
@@ -262,9 +262,9 @@ def _installed_triton() -> str:
 
 
 def triton_version() -> str:
-    """The installed Triton as "major.minor"; "" where there is none. Rows of another one do not count.
+    """The installed Triton as "major.minor", "" if none; rows of other versions are not used.
 
-    ``FASTLORA_HOPPER=1`` puts another kernel behind y and dx, so its rows are kept apart by a suffix.
+    ``FASTLORA_HOPPER=1`` changes the kernel of y and dx, so its rows are distinguished by a suffix.
     """
     version = _installed_triton()
     return version + HOPPER if version and hopper_asked_for() else version
@@ -274,7 +274,7 @@ def triton_version() -> str:
 def _tables(gpu: str, capability: int) -> tuple[Table, ...]:
     """The tables with rows for this GPU and the installed Triton, the user's own first.
 
-    A user's file without any is foreign here: one warning says so.
+    Warns once if the user's file has rows, but none for them.
     """
     machine = gpu, capability, triton_version()
     user = _user_table()
@@ -290,7 +290,7 @@ def _tables(gpu: str, capability: int) -> tuple[Table, ...]:
 def find(
     gpu: str, capability: int, dtype: str, product: str, M: int, N: int, K: int, R: int, dropout: bool = False
 ) -> Finding | None:
-    """What the rows say of a product at this shape; the user's rows come first. Never raises."""
+    """The finding for a product at this shape, from the user's rows first. Never raises."""
     tables = _tables(gpu, capability)
     if not tables or not (M and N and K and R):
         return None
@@ -315,12 +315,13 @@ def forget() -> None:
 
 
 def save_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a file, in the place of older ones of the same path, product and shape.
+    """Add rows to a file, replacing older ones of the same path, product and shape.
 
-    The file is replaced as a whole: whoever reads it, or is interrupted, finds the old rows or the new ones.
+    The file is replaced atomically: readers, and interrupted runs, find either the old rows or the new ones.
+    A file with other contents is replaced.
 
     Raises:
-        OSError: the folder cannot be written. A file that holds something else is replaced.
+        OSError: the folder cannot be written.
     """
 
     def key(row: Row) -> tuple:

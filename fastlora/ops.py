@@ -1,8 +1,8 @@
 """The opaque operators of the layer, ``fastlora::lora_forward`` and ``lora_backward``, and those of groups.
 
-Each asks the planner which path computes each product, and runs it. They are registered by
-``torch.library`` (define, impl, fake), so that ``torch.compile`` keeps them whole and plans at run time with
-the real number of tokens. Only this module imports the kernels, when the first one is launched.
+Each asks the planner which path computes each product, and runs it. They are registered with
+``torch.library`` (define, impl, fake), so that ``torch.compile`` keeps them opaque and plans are made at run
+time with the actual number of tokens. Only this module imports the kernels, on first launch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _library.define(
     "float dropout, Tensor? seed, bool need_dx, bool need_dA, bool need_dB, bool need_dbias, str mode) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)"
 )
-# Results: y of each branch, then h of all; and dx, dB of all that want it, then dA and dbias of each branch.
+# group_forward returns y of each branch, then h of all; group_backward returns dx and dB (of all branches
+# that need it), then dA and dbias of each branch.
 _library.define(
     "group_forward(Tensor x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor?[] biases, float[] alphas, "
     "float dropout, Tensor? seed, str mode) -> Tensor[]"
@@ -54,22 +55,22 @@ _library.define(
 )
 
 
-# Below this rank the CPU's BLAS is 2 to 6 times slower where the rank is the innermost size of the result
-# than where it is the outermost (MKL, Zen 3, two threads, fp32, 64 tokens or more; rank 16 loses again).
+# Up to this rank the CPU's BLAS is 2 to 6 times slower if the rank is the result's innermost size than if it
+# is the outermost (MKL, Zen 3, two threads, fp32, 64 tokens or more; at rank 16 the outermost is slower).
 _THIN_RANK = 8
 
-# Below this many rows a float32 product on the CPU is not accumulated onto another one of its size.
+# Below this many rows a float32 product on the CPU is not accumulated onto another of the same size.
 _FEW_ROWS = 32
 
-# Up to this many elements of h the CPU computes the update of wider adapters in their own dtype: a product in
-# half precision takes 12 us there however small it is, but wins from 16 tokens on (oneDNN, AVX512-BF16).
+# Up to this many elements of h the CPU computes the update of wider adapters in their own dtype: there a
+# half-precision product takes at least 12 us, but is faster from 16 tokens on (oneDNN, AVX512-BF16).
 _FEW_WIDE = 256
 
 
 class _Dropout:
-    """The keep mask of one call: (seed, threshold) for the kernels, made once as a tensor for the rest.
+    """The keep mask of one call: (seed, threshold) for the kernels, a tensor computed once for other paths.
 
-    ``seed``: int64 of one element, or the mask itself, see :func:`few_mask`.
+    ``seed``: one-element int64 tensor, or the mask itself, see :func:`few_mask`.
     """
 
     def __init__(self, seed: Tensor, probability: float, rows: int, columns: int) -> None:
@@ -81,7 +82,7 @@ class _Dropout:
         self._keep = seed if seed.dtype.is_floating_point else None
 
     def keep(self) -> Tensor:
-        """(rows, columns) of bool, or of 0 and 1; not to be changed."""
+        """(rows, columns), bool or 0 and 1; must not be modified."""
         if self._keep is None:
             self._keep = masks.shared_keep_mask(self.seed, *self._shape, self.probability)
         return self._keep
@@ -94,15 +95,15 @@ class _Dropout:
         return torch.where(keep, p, _zero(p.dtype) if p.device.type == "cpu" else p.new_zeros(()))
 
 
-# Up to this many elements of x PyTorch draws a mask faster than Philox (4 us against 25 for one token).
+# Up to this many elements of x, PyTorch draws a mask faster than Philox (4 us against 25 for one token).
 _FEW_DROPPED = 4096
 
 
 def few_mask(x: Tensor, dropout: float, dtype: torch.dtype) -> Tensor | None:
-    """A mask (M, K) of 0 and 1 in ``dtype`` for x: (..., K), None where a seed is to be used.
+    """A mask (M, K) of 0 and 1 in ``dtype`` for x: (..., K), or None if a seed is to be used.
 
-    It is the mask that ``F.dropout`` draws on a CPU in ``dtype`` (a product with a mask of bool takes twice
-    the time), and is kept for backward. It is passed in the seed's place: only where the caller gave no seed.
+    It is the mask that ``F.dropout`` draws on a CPU in ``dtype`` (multiplying by a bool mask takes twice as
+    long), and is kept for backward. It is passed in place of the seed, so only if the caller gave no seed.
     """
     if x.numel() > _FEW_DROPPED or not _is_plain_cpu(x) or current_mode() != "auto":
         return None
@@ -113,20 +114,20 @@ def few_mask(x: Tensor, dropout: float, dtype: torch.dtype) -> Tensor | None:
 
 
 def _for_kernels(p: Tensor, mode: str) -> Tensor:
-    """p: (M, D), aligned where the planner chooses the path; an explicit path gets p as it is."""
+    """p: (M, D), aligned if the planner chooses the path; an explicit path gets p unchanged."""
     return _aligned(p) if mode == "auto" and p.is_cuda else p
 
 
 def _aligned(p: Tensor) -> Tensor:
-    """p: (M, D) as the kernels read it fast, 16 bytes at a time; a copy where its strides forbid that.
+    """p: (M, D) in a layout that the kernels can read fast, 16 bytes at a time; copied if necessary.
 
-    A slice may begin anywhere, and the gradient of a sum has strides of zero. The copy is one pass; without
-    it every product would be several times slower.
+    A slice may start at any address, and the gradient of a sum has zero strides. The copy is one pass;
+    without it every product would be several times slower.
     """
     rows, columns = p.stride()
     outer = rows if columns == 1 else columns
     fast = (rows == 1 or columns == 1) and outer % ALIGNED == 0 and p.data_ptr() % 16 == 0
-    # The rows of a copy begin no better where their length is no multiple.
+    # If the row length is not a multiple, a copy's rows would be no better aligned.
     return p if fast or p.shape[1] % ALIGNED else p.clone(memory_format=torch.contiguous_format)
 
 
@@ -184,11 +185,11 @@ def _gemm(
 
 
 def _update_first(p: Tensor) -> bool:
-    """Whether the BLAS adds P @ Q onto the update, not the update onto it, for P in p's dtype on its device.
+    """Whether the BLAS adds P @ Q onto the update rather than vice versa, for p's dtype and device.
 
-    On a GPU the update then costs one pass over C instead of two: what P @ Q is added onto is read beside its
-    operations. And half precision rounds the small update twice, not the large product. A CPU's BLAS takes
-    the other order faster.
+    On a GPU the update then costs one pass over C instead of two, as reading the update overlaps with the
+    arithmetic of P @ Q. Half precision then also rounds the small update twice instead of the large product.
+    A CPU's BLAS is faster in the other order.
     """
     return p.is_cuda and p.dtype.itemsize == 2
 
@@ -196,7 +197,7 @@ def _update_first(p: Tensor) -> bool:
 def _hopper_gemm(
     config: HopperConfig, p: Tensor, q: Tensor, u: Tensor, v: Tensor, scale: float, bias: Tensor | None
 ) -> Tensor:
-    """What :func:`_gemm` computes by the loop that reads through TMA, or the other where that cannot."""
+    """:func:`_gemm` by the kernel that reads through TMA, or by the other kernel if that one cannot run."""
     from fastlora.kernels import gemm, hopper
 
     by_rows = q.stride(1) == 1
@@ -236,27 +237,27 @@ def _token_sum(
 
 
 def _scaled_mm(p: Tensor, q: Tensor, scale: float) -> Tensor:
-    """scale * p: (M, D) @ q: (D, E) -> (M, E) without another pass over the result."""
+    """scale * p: (M, D) @ q: (D, E) -> (M, E) without a second pass over the result."""
     if p.device.type == "cpu":
-        return torch.addmm(_zero(p.dtype), p, q, beta=0, alpha=scale)  # beta = 0: it is not read
+        return torch.addmm(_zero(p.dtype), p, q, beta=0, alpha=scale)  # beta = 0: the zero is not read
     return p.new_empty((p.shape[0], q.shape[1])).addmm_(p, q, beta=0, alpha=scale)
 
 
 @functools.cache
 def _zero(dtype: torch.dtype) -> Tensor:
-    """A zero on the CPU: one for all calls, as making it shows in a small one."""
-    return torch.zeros((), dtype=dtype, device="cpu")  # whatever the default device is at the first call
+    """A zero on the CPU, cached because creating it is noticeable in a small call."""
+    return torch.zeros((), dtype=dtype, device="cpu")  # explicit, as the default device may differ
 
 
 def _is_thin(dy: Tensor, R: int) -> bool:
-    """Whether the CPU's products of dy: (M, N) with a rank of R are faster the other way round."""
+    """Whether the CPU's products of dy: (M, N) with rank R are faster when computed transposed."""
     return R <= _THIN_RANK and dy.shape[0] >= 64 and dy.dtype == torch.float32 and dy.device.type == "cpu"
 
 
 def _small_forward(
     step: Step, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """x: (M, K) of few tokens -> y: (M, N), h: (M, R) in one launch; the adapters of any floating dtype."""
+    """x: (M, K) with few tokens -> y: (M, N), h: (M, R) in one launch; adapters of any floating dtype."""
     from fastlora.kernels.small import small
 
     return small(x, weight, A, B, alpha, step.config, bias)
@@ -279,7 +280,7 @@ def _addmm_forward(
 ) -> tuple[Tensor, Tensor]:
     """x: (M, K) -> y: (M, N), h: (M, R): three products, the last one added in place.
 
-    h is left without the factor of dropout, as :func:`_addmm_backward` takes it.
+    h excludes dropout's scale factor, as :func:`_addmm_backward` expects.
     """
     scale = alpha if drop is None else alpha * drop.scale
     dropped = x if drop is None else drop.kept(x)
@@ -311,9 +312,9 @@ def _addmm_backward(
     need_dA: bool,
     need_dB: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dy: (M, N), x: (M, K), h: (M, R) -> dx: (M, K), dA: (N, R), dB: (R, K), None if not asked for.
+    """dy: (M, N), x: (M, K), h: (M, R) -> dx: (M, K), dA: (N, R), dB: (R, K), None if not needed.
 
-    x may be None where dB is not asked for, h where dA is not.
+    x may be None if dB is not needed, h if dA is not.
     """
     dtype, adapter_dtype = dy.dtype, A.dtype
     wide = adapter_dtype != dtype and _is_few_and_wide(dy, A)
@@ -323,7 +324,7 @@ def _addmm_backward(
     thin = _is_thin(p, A.shape[1])
     dx = dA = dB = None
     if need_dx or need_dB:
-        # Dropout's factor comes later, as in eager PyTorch: g could overflow with it in half precision.
+        # Dropout's factor is applied later, as in eager PyTorch: with it g could overflow in half precision.
         g = _scaled_mm(A.t(), p.t(), alpha).t() if thin else _scaled_mm(p, A, alpha)
         if need_dx and drop is None and _update_first(dy):
             dx = torch.mm(g, B).addmm_(dy, weight)
@@ -356,7 +357,7 @@ def _g_and_dA(step: Step, dy: Tensor, A: Tensor, h: Tensor, alpha: float) -> tup
 
 @functools.cache
 def _check_interpreter() -> None:
-    """RuntimeError where Triton's interpreter multiplies bfloat16's bits as integers, as 3.6 to 3.9 do."""
+    """Raise RuntimeError if Triton's interpreter multiplies bfloat16 bits as integers, as in 3.6 to 3.9."""
     from fastlora.kernels.project import project
 
     one = torch.ones((1, 1), dtype=torch.bfloat16, device="cpu")
@@ -405,7 +406,7 @@ def exclude_if_no_kernel_starts(device: torch.device) -> str | None:
 
 
 def _check_path(path: str, problem: Problem) -> None:
-    """RuntimeError for a path that is known to compute the problem wrongly."""
+    """Raise RuntimeError for a path known to compute the problem wrongly."""
     if path == "triton" and problem.device.kind == "cpu" and problem.dtype == torch.bfloat16:
         _check_interpreter()
 
@@ -422,7 +423,7 @@ def _plan(
     dropout: bool,
     mode: str,
 ) -> Plan:
-    """The plan of a call, looked up by values that hash fast."""
+    """The plan of a call, cached by values that are fast to hash."""
     problem = Problem(describe(device), dtype, M, N, K, R, dropout, adapter_dtype)
     plan = make_plan(problem, mode)
     if mode == "auto" and not plan.all_addmm and exclude_if_no_kernel_starts(device):
@@ -446,10 +447,10 @@ def _changed_scope(device: torch.device):
 
 
 def _scope(tensor: Tensor):
-    """What an operator runs in: autocast off (dtypes are chosen already) and, on a GPU, the tensor's device.
+    """The context of an operator: autocast off (dtypes are already chosen), on a GPU the tensor's device.
 
-    Triton launches on the current device, which may be another than the tensors'. Mostly neither has to
-    change, and entering both blocks takes 5 us of the host's time: they are entered only where they do.
+    Triton launches on the current device, which may differ from the tensors'. Usually neither has to change,
+    and entering both contexts takes 5 us of host time, so they are entered only if one does.
     """
     device = tensor.device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
@@ -488,12 +489,13 @@ def _forward(
             y = _gemm(plan.y, x_2d, weight.t(), h, A.t(), alpha, bias)
     if flat:
         return y, h
-    # Not a view: autograd forbids changing a view that a custom function returns, as ReLU(inplace=True) does.
+    # Not a view: autograd forbids in-place changes, such as ReLU(inplace=True), of views returned by a custom
+    # function.
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], N)), h
 
 
 def _rows(x: Tensor) -> int:
-    """The number of tokens of x: (..., K), K = 0 included."""
+    """The number of tokens of x: (..., K), even if K = 0."""
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
@@ -516,9 +518,9 @@ def _backward(
     need_dbias: bool,
     mode: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dy: (..., N), x: (..., K) -> dx: (..., K), dA: (N, R), dB: (R, K), dbias: (N,), or None if not asked.
+    """dy: (..., N), x: (..., K) -> dx: (..., K), dA: (N, R), dB: (R, K), dbias: (N,), None if not needed.
 
-    x is needed for dB alone and h: (M, R) for dA alone.
+    x is used only for dB, and h: (M, R) only for dA.
     """
     N, K = weight.shape
     R = B.shape[0]
@@ -528,7 +530,7 @@ def _backward(
     dx = dA = dB = dbias = None
     with _scope(dy):
         plan = _plan(dy.device, dy.dtype, A.dtype, M, N, K, R, dropout > 0.0, mode)
-        # Of the whole plan, as in forward: it decides whether h holds dropout's factor.
+        # Taken from the whole plan, as in forward, because it decides whether h includes dropout's factor.
         all_addmm = plan.all_addmm
         if not (need_dA and (need_dx or need_dB)):
             plan = plan.apart
@@ -562,7 +564,7 @@ def _backward(
 
 
 def _lora_backward(dy: Tensor, *arguments) -> tuple[Tensor, ...]:
-    """:func:`_backward` for the operator, whose results cannot be None: tensors of no elements instead."""
+    """:func:`_backward` for the operator, whose results cannot be None: empty tensors stand in."""
     return tuple(dy.new_empty((0,)) if result is None else result for result in _backward(dy, *arguments))
 
 
@@ -582,7 +584,7 @@ def _fake_backward(
 
 
 def _stack(tensors: Sequence[Tensor], step: Step, dtype: torch.dtype) -> Tensor:
-    """The rows of all ``tensors`` in one copy, in ``dtype``; the plain formula alone keeps a wider one."""
+    """The rows of all ``tensors`` in one copy, in ``dtype``; the reference path keeps their own dtypes."""
     return torch.cat([t if step.path == "reference" else t.to(dtype) for t in tensors])
 
 
@@ -598,7 +600,7 @@ def _group_plan(
     dropout: bool,
     mode: str,
 ) -> GroupPlan:
-    """The plan of a group, looked up by values that hash fast."""
+    """The plan of a group, cached by values that are fast to hash."""
     if not (M and K and all(Ns)):
         mode = "addmm"  # No kernel takes an empty tile.
     problem = Problem(describe(device), dtype, M, sum(Ns), K, sum(Rs), dropout, adapter_dtype)
@@ -610,10 +612,10 @@ def _group_plan(
 
 
 def _in_memory(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The tensors with their values in memory, where the kernels read them.
+    """The tensors with their values materialised in memory, where the kernels read them.
 
-    The dispatcher sees to it for every argument but lists of optional tensors: those may come with the
-    negative bit (``z.conj().imag`` has it) or as efficient zero tensors, which have no memory.
+    The dispatcher does this for every argument except lists of optional tensors, whose entries may have the
+    negative bit set (as ``z.conj().imag`` has) or be efficient zero tensors, which have no memory.
     """
     return [
         t if t is None else torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg() for t in tensors
@@ -653,7 +655,7 @@ def _group_forward(
                 _gemm(step.y, x_2d, weight.t(), part, A.t(), alpha, bias)
                 for (step, weight, A, _, bias, alpha), part in zip(branches, h.split(Rs, 1), strict=True)
             ]
-    if x.dim() != 2:  # As in _forward, no views.
+    if x.dim() != 2:  # Not views, as in _forward.
         ys = [torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1])) for y in ys]
     return [*ys, h]
 
@@ -697,7 +699,7 @@ def _group_dx(
             return group_dx(ps, qs, u, v, 1.0, step.config)
         return group_dx(ps, qs, u, v, drop.scale, step.config, drop.seed, drop.threshold)
     c = _gemm(step, ps[0], qs[0], u, v, 1.0, drop=drop)
-    # For few rows the CPU's BLAS adds one term after the other onto c: four times eager's error at the worst.
+    # For few rows the CPU's BLAS adds term by term onto c, with up to four times the error of eager PyTorch.
     apart = c.shape[0] < _FEW_ROWS and c.dtype == torch.float32 and c.device.type == "cpu"
     for p, q in zip(ps[1:], qs[1:], strict=True):
         if apart:
@@ -723,12 +725,12 @@ def _group_backward(
     need_dbias: Sequence[bool],
     mode: str,
 ) -> list[Tensor | None]:
-    """dys: (..., N_i) or None, one at least given -> dx: (..., K), dB, all dA: (N_i, R_i), all dbias: (N_i,).
+    """dys: (..., N_i), not all None -> dx: (..., K), dB, then each dA: (N_i, R_i), then each dbias: (N_i,).
 
-    dB: (sum of R_i, K) over the branches that want it and have a dy, in the widest of their adapters' dtypes.
-    A result is None where it is not asked for. x is needed for dB alone, h: (M, sum of R_i) for dA alone.
+    dB: (sum of R_i, K) over the branches that need it and have a dy, in the widest of their adapters' dtypes.
+    A result is None if not needed. x is used only for dB, and h: (M, sum of R_i) only for dA.
     """
-    # The branches that want dB come first, so that theirs are neighbouring columns of g.
+    # The branches that need dB come first, so that their columns of g are adjacent.
     given = {i: dy for i, dy in enumerate(_in_memory(dys)) if dy is not None}
     live = sorted(given, key=lambda i: not need_dB[i])
     wanting = [i for i in live if need_dB[i]]
@@ -767,7 +769,7 @@ def _group_backward(
         if wanting:
             rank = sum(Bs[i].shape[0] for i in wanting)
             dtype = _widest(Bs[i].dtype for i in wanting)
-            # A slice of all of it has no rule for batched gradients.
+            # Not sliced if whole: slicing has no batching rule for batched gradients.
             part = g if rank == g.shape[1] else g[:, :rank]
             x_2d = x.reshape(M, K)
             x_2d = _for_kernels(x_2d, mode) if plan.launches else x_2d
@@ -776,7 +778,7 @@ def _group_backward(
 
 
 def _group_backward_results(dys: Sequence[Tensor | None], *arguments) -> list[Tensor]:
-    """:func:`_group_backward` for the operator: tensors of no elements instead of None."""
+    """:func:`_group_backward` for the operator, with empty tensors instead of None."""
     first = next(dy for dy in dys if dy is not None)
     return [first.new_empty((0,)) if r is None else r for r in _group_backward(dys, *arguments)]
 
@@ -823,9 +825,9 @@ _group_backward_operator = _register("group_backward", _group_backward_results, 
 
 
 def _is_plain_cpu(tensor: Tensor) -> bool:
-    """Whether the operator's dispatch would add nothing but its time, which a small CPU call would feel.
+    """Whether the operator's dispatch would only add overhead, which matters in a small CPU call.
 
-    Tensor subclasses (fake tensors among them), dispatch modes (selective checkpointing) and compiled code
+    Tensor subclasses (including fake tensors), dispatch modes (selective checkpointing) and compiled code
     need the operator.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
@@ -835,10 +837,10 @@ def _is_plain_cpu(tensor: Tensor) -> bool:
 
 
 def _is_direct(tensor: Tensor, mode: str) -> bool:
-    """Whether a call goes around the operator.
+    """Whether a call bypasses the operator.
 
-    Not under use_path("triton"): the dispatcher resolves negative bits and zero tensors, whose values
-    Triton's interpreter would not find in memory.
+    Not under use_path("triton"): the dispatcher materialises negated and zero tensors, whose values Triton's
+    interpreter would not find in memory.
     """
     if mode != "triton" and _is_plain_cpu(tensor):
         return True
@@ -848,22 +850,22 @@ def _is_direct(tensor: Tensor, mode: str) -> bool:
 
 
 def lora_forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """y: (..., N) and h: (M, R) of the arguments of ``fastlora::lora_forward``."""
+    """y: (..., N) and h: (M, R), for the arguments of ``fastlora::lora_forward``."""
     return (_forward if _is_direct(x, arguments[-1]) else _forward_operator)(x, *arguments)
 
 
 def lora_backward(dy: Tensor, *arguments) -> tuple[Tensor | None, ...]:
-    """dx, dA, dB, dbias of the arguments of ``fastlora::lora_backward``; meaningless where not asked for."""
+    """dx, dA, dB, dbias, for the arguments of ``fastlora::lora_backward``; meaningless if not needed."""
     return (_backward if _is_direct(dy, arguments[-1]) else _backward_operator)(dy, *arguments)
 
 
 def group_forward(x: Tensor, *arguments) -> list[Tensor]:
-    """Each y: (..., N_i), then h: (M, sum of R_i), of the arguments of ``fastlora::group_forward``."""
+    """Each y: (..., N_i), then h: (M, sum of R_i), for the arguments of ``fastlora::group_forward``."""
     return (_group_forward if _is_direct(x, arguments[-1]) else _group_forward_operator)(x, *arguments)
 
 
 def group_backward(dys: Sequence[Tensor | None], *arguments) -> list[Tensor | None]:
-    """The results of ``fastlora::group_backward``; meaningless where not asked for."""
+    """The results of ``fastlora::group_backward``; meaningless if not needed."""
     first = next(dy for dy in dys if dy is not None)
     operator = _group_backward if _is_direct(first, arguments[-1]) else _group_backward_operator
     return operator(dys, *arguments)

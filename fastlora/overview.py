@@ -1,4 +1,4 @@
-"""``fastlora.summary``: the table of what is adapted, what is trained and what runs, and why."""
+"""``fastlora.summary``: a table of what is adapted, what is trained, what runs and why."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ class SummaryPart:
     closing: str
 
 
-# Called with the model; modules that know other kinds of layers add theirs.
+# Functions called with the model; modules that handle other kinds of layers add theirs.
 summary_parts: list[Callable[[nn.Module], SummaryPart | None]] = []
 
 
 def summary(model: nn.Module) -> str:
     """A table of what is adapted and trained.
 
-    One line for each group of layers that differ in their number alone: name, count, shape (out x in), rank
+    One line for each group of layers that differ only in their number: name, count, shape (out x in), rank
     and the path that would run 4096 tokens on the layer's device in its dtype (``merged`` and ``disabled``
-    layers run as plain linears); then the modules to save, the parameter counts, and each path's reason.
-    After ``group_projections`` a line for each kind of group tells whether it runs as one, or why not.
-    A model of PEFT's ends with ``fused n, fell back m: reasons``, a reason being that of the layer's state or
-    of its last call.
+    layers run as plain linears); then the modules to save, the parameter counts and the reason for each path.
+    After ``group_projections``, a line for each kind of group says whether it runs as one, or why not. For a
+    PEFT model the last line is ``fused n, fell back m: reasons``, where a reason comes from the layer's state
+    or its last call.
 
     Args:
-        model: any module; one without adapters has the parameter counts alone.
+        model: any module; without adapters, the table has only the parameter counts.
 
     Returns:
-        The table, lines of text.
+        The table, as lines of text.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -86,7 +86,7 @@ def summary(model: nn.Module) -> str:
 
 
 def _group_lines(model: nn.Module) -> list[str]:
-    """Which siblings run as groups, and which stay single, and why."""
+    """Which siblings run as groups, and which run alone and why."""
     states: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for path, names, reason in group_states(model):
         states.setdefault((names, reason), []).append(path)
@@ -99,7 +99,7 @@ def _group_lines(model: nn.Module) -> list[str]:
 
 
 def _path_of(layer: FusedLoRALinear) -> tuple[str, str]:
-    """The path of a layer's forward gemm for a usual number of tokens, and its reason."""
+    """The path of a layer's forward gemm for a typical number of tokens, and the reason."""
     if layer.merged:
         return "merged", ""
     if not layer.adapter_enabled:
@@ -108,7 +108,7 @@ def _path_of(layer: FusedLoRALinear) -> tuple[str, str]:
 
 
 def planned_path(weight: Tensor, A: Tensor, dropout: float) -> tuple[str, str]:
-    """The path of the forward gemm of weight: (N, K) and A: (N, R) for usual tokens, and its reason."""
+    """The path of the forward gemm of weight: (N, K) and A: (N, R) for typical tokens, and the reason."""
     plan = make_plan(problem_of(weight, _SUMMARY_TOKENS, weight, A, dropout), current_mode())
     return plan.path, plan.reason
 
@@ -120,7 +120,7 @@ def _describe_shape(module: nn.Module) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns; numbers to the right."""
+    """Lines with aligned columns, numbers right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = (False, True, True, True, False)
     return [

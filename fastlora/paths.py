@@ -1,4 +1,4 @@
-"""The paths by name, and :func:`use_path`, which runs every layer of a thread on one of them."""
+"""The names of the paths, and :func:`use_path`, which runs every layer of a thread on one of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 PATHS = ("triton", "addmm", "reference")
 MODES = ("auto", *PATHS)
 
-# The mode of the newest open block of any thread: what compiled code is guarded on.
+# The mode of the newest open block of any thread; compiled code is guarded on it.
 _mode = "auto"
-# The mode of each open block of any thread, the newest last. A thread's own mode lies in PyTorch's
-# thread-local state, which autograd's threads take over from the one that calls backward(), so that
-# checkpoints recompute on its path.
+# The mode of each open block of any thread, the newest last. A thread's own mode is in PyTorch's thread-local
+# state, which autograd's threads inherit from the one that calls backward(), so that checkpoints recompute on
+# its path.
 _open_blocks: dict[object, str] = {}
 _MODE_KEY = "fastlora.mode"
 
@@ -26,7 +26,7 @@ _MODE_KEY = "fastlora.mode"
 def use_path(mode: str) -> Iterator[None]:
     """Run every layer inside the block on one path; for tests and benchmarks.
 
-    Other threads stay on their own path; compiled code alone follows the newest block of any thread.
+    Other threads keep their own path; only compiled code follows the newest block of any thread.
 
     Args:
         mode: "auto" (the planner chooses), "triton", "addmm" or "reference". A forward pass remembers the
@@ -65,7 +65,7 @@ def _set_thread_mode(mode: str) -> None:
 def _stash_counts_references() -> bool:
     """Whether PyTorch counts the reference that its thread-local state holds.
 
-    PyTorch 2.11 does not, but drops one when the object is replaced: some calls later the process crashes.
+    PyTorch 2.11 does not, but releases one when the object is replaced: some calls later the process crashes.
     """
     probe = object()
     before = sys.getrefcount(probe)
@@ -77,7 +77,7 @@ def _stash_counts_references() -> bool:
 
 
 def _keep_for_stash(value: object) -> None:
-    """Count the reference that the thread-local state will drop."""
+    """Add the reference that the thread-local state will release."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 

@@ -1,7 +1,7 @@
-"""Models that PEFT has wrapped: their LoRA linear layers run the fused operator, and stay PEFT's layers.
+"""Models wrapped by PEFT: their LoRA linear layers run the fused operator and remain PEFT layers.
 
-A layer is fused by changing its class to a subclass of PEFT's own, so that everything else that PEFT does
-with it, from saving to merging, is PEFT's code on PEFT's attributes. Importing this module imports no PEFT.
+A layer is fused by changing its class to a subclass of PEFT's own, so that everything else PEFT does with it,
+from saving to merging, is still PEFT's code on PEFT's attributes. Importing this module does not import PEFT.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 def fuse_peft(model: nn.Module) -> nn.Module:
     """Give every plain LoRA linear layer of a PEFT model the fused forward, in place.
 
-    Plain is a layer whose class is exactly ``peft.tuners.lora.layer.Linear``. Parameters, names, adapters and
-    all that PEFT does with them stay as they are; the layer's class, a subclass of PEFT's, pickles and copies
-    with the model. Every call decides anew and runs PEFT's own forward where the fused form would not compute
-    the same: extra arguments (``adapter_names``), adapters disabled or merged, not exactly one active
-    adapter, a variant such as DoRA, ``lora_bias``, ``fan_in_fan_out``, a base layer or adapter that is not
-    exactly ``nn.Linear``, hooks or a replaced forward on them, sharded tensors, a trained base weight.
-    :func:`fastlora.summary` ends with how many layers are fused and why others are not. Layers that PEFT
-    creates later are not fused: call this again.
+    A layer is plain if its class is exactly ``peft.tuners.lora.layer.Linear``. Parameters, names, adapters
+    and everything PEFT does with them are unchanged; the layer's new class, a subclass of PEFT's, pickles and
+    copies with the model. The layer decides at every call, and runs PEFT's own forward where the fused form
+    would not compute the same: extra arguments (``adapter_names``), disabled or merged adapters, not exactly
+    one active adapter, a variant such as DoRA, ``lora_bias``, ``fan_in_fan_out``, a base layer or adapter
+    that is not exactly ``nn.Linear``, hooks or a replaced forward on them, sharded tensors, a trained base
+    weight. :func:`fastlora.summary` ends with how many layers are fused and why others are not. Layers that
+    PEFT creates later are not fused: call this again.
 
-    Dropout in training draws another mask than PEFT's from the same distribution, seeded by torch's
-    generator. Adapters in float32 on a half-precision base, PEFT's default, are rounded to the base's dtype
-    as they are read.
+    In training, the dropout mask differs from PEFT's but has the same distribution; its seed comes from
+    torch's generator. Float32 adapters on a half-precision base, PEFT's default, are rounded to the base's
+    dtype as they are read.
 
     Args:
-        model: a ``PeftModel`` or any module with PEFT's layers in it; fused layers stay as they are.
+        model: a ``PeftModel`` or any module that contains PEFT layers; layers already fused are left as is.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it has no LoRA linear layer of PEFT's. The model is left as it was.
+        ValueError: ``model`` has no plain PEFT LoRA linear layer. It is left unchanged.
         ImportError: PEFT is not installed.
     """
     check_model(model, "fuse_peft")
@@ -63,7 +63,7 @@ def fuse_peft(model: nn.Module) -> nn.Module:
 
 
 def unfuse_peft(model: nn.Module) -> nn.Module:
-    """Undo :func:`fuse_peft`: every layer is of PEFT's own class again; nothing to do where none is fused.
+    """Undo :func:`fuse_peft`, giving every layer PEFT's own class again; no effect if none is fused.
 
     Returns:
         ``model``.
@@ -82,10 +82,10 @@ def unfuse_peft(model: nn.Module) -> nn.Module:
 
 
 def register_fused_layers(config: LoraConfig) -> LoraConfig:
-    """Let PEFT create fused layers itself, for a model that it has not wrapped yet.
+    """Let PEFT itself create fused layers, for a model that it has not wrapped yet.
 
-    ``get_peft_model(model, register_fused_layers(LoraConfig(...)))`` equals ``fuse_peft`` of the wrapped
-    model, and layers that this configuration creates later are fused too. It goes through PEFT's
+    ``get_peft_model(model, register_fused_layers(LoraConfig(...)))`` is equivalent to calling ``fuse_peft``
+    on the wrapped model, and layers that this configuration creates later are fused too. It relies on PEFT's
     ``LoraConfig._register_custom_module``, which is private, experimental and not saved with the
     configuration: prefer :func:`fuse_peft`, which a loaded model needs anyway.
 
@@ -101,7 +101,7 @@ def register_fused_layers(config: LoraConfig) -> LoraConfig:
 
     if not isinstance(config, LoraConfig):
         raise TypeError(f"register_fused_layers: expected a peft.LoraConfig, got {type(config).__name__}")
-    # PEFT calls what it finds here, as it would call a class.
+    # PEFT expects a class here, but only calls it.
     config._register_custom_module({nn.Linear: _create_layer})  # type: ignore[dict-item]
     return config
 
@@ -109,9 +109,10 @@ def register_fused_layers(config: LoraConfig) -> LoraConfig:
 def _create_layer(
     target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: object
 ) -> FusedLinear | None:
-    """What PEFT calls for each nn.Linear and its subclasses; None leaves the layer to PEFT's own choice.
+    """Called by PEFT for each nn.Linear, subclasses included; None leaves the choice of layer to PEFT.
 
-    PEFT asks here before it looks for quantised layers, which it knows by the class of layer or weight.
+    PEFT calls this before it checks for quantised layers, which it recognises by the layer's or weight's
+    class.
     """
     layers = _peft_layers()
     base = target.get_base_layer() if isinstance(target, layers.BaseTunerLayer) else target
@@ -137,7 +138,7 @@ def _fused_class() -> type[FusedLinear]:
 
 
 def _peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """(name, layer) of every LoRA layer of PEFT's, of whatever kind; none where PEFT was never imported."""
+    """(name, layer) of every PEFT LoRA layer of any kind; none if PEFT has not been imported."""
     module = sys.modules.get("peft.tuners.lora.layer")
     if module is not None:
         for name, layer in model.named_modules():
@@ -146,7 +147,7 @@ def _peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _kind(layer: LoraLayer) -> str:
-    """PEFT's name of a layer's type, such as lora.Linear."""
+    """PEFT's name for a layer's type, such as lora.Linear."""
     return repr(layer).partition("(")[0]
 
 
@@ -164,7 +165,7 @@ def _what_it_has(model: nn.Module) -> str:
 
 
 def _why_not(layer: LoraLayer) -> str:
-    """Why a layer runs PEFT's own forward, "" if it is fused: as it is now, else as its last call found."""
+    """Why a layer runs PEFT's own forward, by its state now or else its last call; "" if it is fused."""
     module = sys.modules.get("fastlora.peft_layer")
     if module is None or not isinstance(layer, module.FusedLinear):
         if type(layer) is _peft_layers().Linear:
@@ -177,7 +178,7 @@ def _why_not(layer: LoraLayer) -> str:
 
 
 def _describe(model: nn.Module) -> overview.SummaryPart | None:
-    """The rows of PEFT's LoRA layers and, as the last line, how many are fused and why others are not."""
+    """The rows for PEFT's LoRA layers and a closing line: how many are fused and why others are not."""
     rows, reasons, fused = [], [], 0
     fallbacks: Counter[str] = Counter()
     for name, layer in _peft_lora_layers(model):

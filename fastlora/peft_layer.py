@@ -1,8 +1,8 @@
-"""``FusedLinear``: PEFT's LoRA linear layer, its forward the fused operator wherever that computes the same.
+"""``FusedLinear``: PEFT's LoRA linear layer, run by the fused operator wherever that computes the same.
 
-PEFT's attributes may change between two calls (adapters are added, switched, merged and rescaled, hooks come
-and go), so every call looks at them anew and nothing is remembered but the last call's reason, for
-:func:`fastlora.summary`. Importing this module imports PEFT; :mod:`fastlora.peft` does so when it is needed.
+PEFT's attributes may change between calls (adapters are added, switched, merged and rescaled, hooks come and
+go), so every call checks them again; only the last call's reason is stored, for :func:`fastlora.summary`.
+Importing this module imports PEFT; :mod:`fastlora.peft` does so only when needed.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from fastlora.function import Operands, autocast_on, compute, needs_plain_operat
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALF, torch.float64)
-# What autocast casts to its own dtype.
+# The dtypes that autocast casts to its own.
 _CASTABLE = (torch.float32, *_HALF)
 _PLAIN = (nn.Parameter, Tensor)
 _DROPOUTS = (nn.Identity, nn.Dropout)
 
 
 class FusedLinear(LoraLinear):
-    """PEFT's ``lora.Linear`` with a fused forward; layers become one by :func:`fastlora.fuse_peft`.
+    """PEFT's ``lora.Linear`` with a fused forward; :func:`fastlora.fuse_peft` converts layers to it.
 
     Outputs, dtypes and gradients are those of PEFT's own forward, which still runs wherever the fused form
-    would not give them. With dropout in training the mask is another one of the same distribution, its seed
-    from torch's generator; few tokens on a CPU get PEFT's own mask. Second derivatives raise a RuntimeError;
-    ``fastlora.unfuse_peft`` has them.
+    would give others. In training, the dropout mask differs but has the same distribution, with its seed from
+    torch's generator; small inputs on a CPU get PEFT's own mask. Second derivatives raise a RuntimeError;
+    after ``fastlora.unfuse_peft`` they work.
     """
 
-    # The last call's reason for PEFT's own forward, "" if it was fused, None before the first call.
+    # Why the last call ran PEFT's own forward; "" if it was fused, None before the first call.
     _fastlora_last: str | None = None
 
     def _group_branch(self, x: Tensor | None) -> Operands | str:
-        """The layer's part of a group that computes x, or why it stays single."""
+        """The layer's operands as a branch of a group applied to x, or why it has to run alone."""
         return _branch_of(self, x)
 
     def _get_name(self) -> str:
-        # What PEFT reports as a layer's type comes from its repr.
+        # PEFT takes the layer type it reports from the repr.
         return LoraLinear.__name__
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -57,24 +57,24 @@ class FusedLinear(LoraLinear):
                 return y
         found = why_not_extra(args, kwargs) if args or kwargs else find_operands(self)
         reason = found if isinstance(found, str) else why_not_input(self, x, found)
-        # A compiled graph would be guarded on what is noted here, and compiled again.
+        # A compiled graph would be guarded on this attribute, and recompiled when it changes.
         if not torch.compiler.is_compiling() and self._fastlora_last != reason:
             self._fastlora_last = reason
         if isinstance(found, str) or reason:
             return LoraLinear.forward(self, x, *args, **kwargs)
         weight, bias, A, B, scaling, dropout = found
         if isinstance(scaling, Tensor):
-            # Reading its value would wait for the device and break a compiled graph.
+            # Reading its value would synchronise with the device and break a compiled graph.
             A, scaling = (A * scaling).to(A.dtype), 1.0
         seed = ops.few_mask(x, dropout, A.dtype) if dropout else None
-        # find_operands and why_not_input have checked what lora_linear would check again.
+        # Not lora_linear: find_operands and why_not_input have already made its checks.
         return compute(x, weight, A, B, float(scaling), bias, dropout, seed)
 
 
 def _branch_of(layer: FusedLinear, x: Tensor | None) -> Operands | str:
-    """The layer's part of a group that computes x, or why it stays single.
+    """The layer's operands as a branch of a group applied to x, or why it has to run alone.
 
-    x None: as far as is known without it.
+    With x None, as far as can be told without it.
     """
     if is_watched(layer):
         return "hooks or a replaced forward on a projection"
@@ -87,14 +87,14 @@ def _branch_of(layer: FusedLinear, x: Tensor | None) -> Operands | str:
 
 
 def why_not_extra(args: tuple, kwargs: dict[str, Any]) -> str:
-    """The reason where forward is called with more than x (adapter_names, alora_offsets)."""
+    """The reason when forward is called with more than x (adapter_names, alora_offsets)."""
     return f"extra arguments: {', '.join(kwargs) or len(args)}"
 
 
 def find_operands(layer: LoraLinear) -> Operands | str:
-    """The operands of the fused form as the layer is now, or why PEFT's own forward has to run.
+    """The operands of the fused form in the layer's current state, or why PEFT's own forward has to run.
 
-    Of the one active adapter: A is ``lora_B.weight``, B ``lora_A.weight`` and alpha ``scaling``.
+    For the one active adapter, A is ``lora_B.weight``, B is ``lora_A.weight`` and alpha is ``scaling``.
     """
     if layer._disable_adapters:
         return "adapters disabled"
@@ -126,7 +126,7 @@ def find_operands(layer: LoraLinear) -> Operands | str:
     up_parameters: dict[str, Any] = up._parameters
     if up_parameters.get("bias") is not None or down_parameters.get("bias") is not None:
         return "lora_bias"
-    # A weight that is no registered parameter, as under old forms of sharding, is left to PEFT.
+    # A weight that is not a registered parameter, as under older forms of sharding, is left to PEFT.
     weight: Any = base_parameters.get("weight")
     bias = base_parameters.get("bias")
     A: Any = up_parameters.get("weight")
@@ -153,12 +153,12 @@ def find_operands(layer: LoraLinear) -> Operands | str:
             return "lora_dropout works in place"
         p = float(drop.p)
         if not 0.0 <= p <= 1.0:
-            return f"lora_dropout is {p}"  # PyTorch has its own error for that
+            return f"lora_dropout is {p}"  # PyTorch raises its own error for that
     return Operands(weight, bias, A, B, scaling, p)
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's forward: hooks, or a replaced forward."""
+    """Whether calling a module runs more than its class's forward: hooks or a replaced forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -176,7 +176,7 @@ def _why_not_types(*modules: nn.Module | None) -> str:
 
 
 def _type_name(value: object) -> str:
-    """With the module: other tuners' layers are called Linear too."""
+    """The qualified type name with its module, as other tuners' layers are also called Linear."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 

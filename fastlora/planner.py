@@ -2,9 +2,8 @@
 
 Three paths compute the same values: ``triton`` (the fused kernels), ``addmm`` (cuBLAS or the CPU's BLAS with
 beta = 1, the strongest unfused form) and ``reference`` (the plain formula). The choice is made here, for
-forward and backward alike, from shapes, dtypes and the device; where no measured row
-(:mod:`fastlora.measured`) decides, a small roofline estimate does. Everything is plain arithmetic: it is
-tested without a GPU.
+forward and backward alike, from shapes, dtypes and the device: by a measured row (:mod:`fastlora.measured`)
+or else by a small roofline estimate. Everything is plain arithmetic, testable without a GPU.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ DROPPED = ("h", "dx", "dB")
 # Full-precision inputs have no tensor-core path worth choosing, but the kernels compute them when asked.
 _KERNEL_DTYPES = (*_HALF, torch.float32)
 
-# By how much a launch of ours has to be ahead of the BLAS call in an estimate: Triton's dispatch takes the
-# host some 10 us more, for which the GPU waits where a layer is short.
+# How far one of our launches must be ahead of the BLAS call in an estimate: Triton's dispatch costs the host
+# about 10 us more, which a GPU running a short layer waits for.
 _MARGIN = 2e-6
-# Triton releases under which the Gluon kernel compiles (Gluon's names change), and the fewest tokens for it.
+# Triton releases with which the Gluon kernel compiles (Gluon's names change), and its minimum of tokens.
 _HOPPER_TRITON = tuple(f"{version}{measured.HOPPER}" for version in ("3.6", "3.7", "3.8", "3.9"))
 _HOPPER_TOKENS = 128
 
@@ -42,9 +41,9 @@ _HOPPER_TOKENS = 128
 class Step:
     """How one product is computed: ``config`` is the kernel's tile shape, None unless ``path`` is triton.
 
-    For dx with dropout the addmm path may have a ``config`` too, an ``UpdateConfig``: a kernel then adds the
-    dropped update to the BLAS's product, where PyTorch's operations would write the mask to memory.
-    ``apart``: the step to take where the other product of a shared launch is not asked for.
+    The addmm path of dx with dropout may also have a ``config``, an ``UpdateConfig``: a kernel then adds the
+    dropped update to the BLAS product, whereas PyTorch's operations would write the mask to memory.
+    ``apart``: the step to use if the other product of a shared launch is not needed.
     """
 
     primitive: str
@@ -67,33 +66,33 @@ class Plan:
 
     @functools.cached_property
     def all_addmm(self) -> bool:
-        """Whether every product takes the addmm form without a kernel: it then runs as one short chain.
+        """Whether every product uses addmm without a kernel; the layer then runs as one short chain.
 
-        With dropout, forward and backward must agree on it: h holds dropout's factor in the other form alone.
+        With dropout, forward and backward must agree on this: h includes dropout's factor only if False.
         """
         steps = [getattr(self, name) for name in self.__dataclass_fields__]
         return all(step.path == "addmm" and step.config is None for step in steps)
 
     @functools.cached_property
     def one_launch(self) -> bool:
-        """Whether the kernel for few tokens makes h and y together."""
+        """Whether the kernel for few tokens computes h and y together."""
         return isinstance(self.y.config, configs.SmallConfig)
 
     @functools.cached_property
     def g_with_dA(self) -> bool:
-        """Whether one launch makes g and dA together."""
+        """Whether one launch computes g and dA together."""
         return isinstance(self.g.config, configs.BackwardConfig)
 
     @functools.cached_property
     def apart(self) -> Plan:
-        """The plan of a call that does not ask for both g and dA."""
+        """The plan of a call that does not need both g and dA."""
         if not self.g_with_dA:
             return self
         return dataclasses.replace(self, g=self.g.apart or self.g, dA=self.dA.apart or self.dA)
 
     @property
     def path(self) -> str:
-        """The path of the forward gemm with rank-R update."""
+        """The path of the forward gemm with the rank-R update."""
         return self.y.path
 
     @property
@@ -107,7 +106,7 @@ class Plan:
 
     @property
     def gemm(self) -> Step:
-        """The forward gemm with rank-R update, y."""
+        """The forward gemm with the rank-R update, y."""
         return self.y
 
     @property
@@ -124,7 +123,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """The products of layers that share x: h, dx and dB of all together, y, g and dA of each."""
+    """The products of layers that share x: h, dx and dB for all together; y, g and dA for each."""
 
     h: Step
     dx: Step
@@ -133,14 +132,14 @@ class GroupPlan:
 
     @functools.cached_property
     def launches(self) -> bool:
-        """Whether any product takes a kernel."""
+        """Whether any product uses a kernel."""
         steps = [self.h, self.dx, self.dB]
         steps += [getattr(branch, name) for branch in self.branches for name in ("y", "g", "dA")]
         return any(step.config is not None for step in steps)
 
     @functools.cached_property
     def one_launch(self) -> bool:
-        """Whether each branch makes its own h and y together, as for few tokens."""
+        """Whether each branch computes its own h and y together, as for few tokens."""
         return all(branch.one_launch for branch in self.branches)
 
 
@@ -148,7 +147,7 @@ class GroupPlan:
 class Problem:
     """What a plan depends on. M: tokens, N: out_features, K: in_features, R: rank.
 
-    ``adapter_dtype``: that of A and B, None for ``dtype``; a wider one takes more shared memory.
+    ``adapter_dtype``: that of A and B, None means ``dtype``; a wider one needs more shared memory.
     """
 
     device: Device
@@ -162,7 +161,7 @@ class Problem:
 
     @property
     def adapter_itemsize(self) -> int:
-        """Bytes of an element of A and B."""
+        """Bytes per element of A and B."""
         return (self.adapter_dtype or self.dtype).itemsize
 
 
@@ -178,7 +177,7 @@ def has_triton() -> bool:
 
 
 def why_not_triton(problem: Problem) -> str | None:
-    """Why the kernels cannot compute this problem, None where they can."""
+    """Why the kernels cannot compute this problem, None if they can."""
     device = problem.device
     if not has_triton():
         return "the triton package is not installed"
@@ -209,7 +208,7 @@ _forget: list[Callable[[], None]] = [measured.forget]
 
 
 def remembered(function: Callable) -> Callable:
-    """``function`` with a cache of its results that :func:`forget_plans` empties."""
+    """``function`` with a result cache that :func:`forget_plans` clears."""
     cached = functools.lru_cache(maxsize=4096)(function)
     _forget.append(cached.cache_clear)
     return cached
@@ -226,14 +225,14 @@ def exclude(device: Device, why: str) -> None:
 
 
 def forget_plans() -> None:
-    """Plan anew from now on, with the measured rows as they are then in their files."""
+    """Clear all cached plans and measured rows; the next plan reads the files again."""
     for forget in _forget:
         forget()
 
 
 @remembered
 def make_plan(problem: Problem, mode: str = "auto") -> Plan:
-    """The plan of a problem; raises RuntimeError where ``mode`` asks for kernels that cannot run."""
+    """The plan of a problem; raises RuntimeError if ``mode`` requires kernels that cannot run."""
     obstacle = why_not_triton(problem)
     if mode == "triton" and obstacle:
         raise RuntimeError(f"use_path('triton'): {obstacle}")
@@ -254,18 +253,18 @@ def make_plan(problem: Problem, mode: str = "auto") -> Plan:
 def make_group_plan(
     problem: Problem, Ns: tuple[int, ...], Rs: tuple[int, ...], mode: str = "auto"
 ) -> GroupPlan:
-    """The plan of branches of out_features ``Ns`` and ranks ``Rs``, whose sums are N and R of ``problem``.
+    """The plan of branches with out_features ``Ns`` and ranks ``Rs``, whose sums are N and R of ``problem``.
 
-    Raises RuntimeError where ``mode`` asks for kernels that cannot run.
+    Raises RuntimeError if ``mode`` requires kernels that cannot run.
     """
     each = [dataclasses.replace(problem, N=N, R=R) for N, R in zip(Ns, Rs, strict=True)]
-    problem = dataclasses.replace(problem, adapter_dtype=None)  # What they share reads a stacked copy.
+    problem = dataclasses.replace(problem, adapter_dtype=None)  # The shared products read a stacked copy.
     whole = make_plan(problem, mode)
-    # The branches write their g into one tensor, so each makes dA in a launch of its own.
+    # The branches write g into one shared tensor, so each computes dA in a launch of its own.
     branches = [make_plan(branch, mode).apart for branch in each]
     h = kernel_step(problem, "h") if whole.one_launch else whole.h
     if not all(branch.one_launch for branch in branches):
-        # One pass over x makes h for all of them, so that no branch needs it in y's launch.
+        # One pass over x computes h for all of them, so no branch needs to compute it in y's launch.
         branches = [
             dataclasses.replace(plan, y=kernel_step(branch, "y")) if plan.one_launch else plan
             for plan, branch in zip(branches, each, strict=True)
@@ -274,10 +273,10 @@ def make_group_plan(
 
 
 def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Step:
-    """The step that sums dx over the branches; ``dx``: that of one layer as wide as all of them."""
+    """The step that sums dx over the branches; ``dx``: the step of one layer as wide as all of them."""
     p = problem
     chosen = mode == "auto" and p.device.kind == "cuda" and p.dtype in _HALF and not why_not_triton(p)
-    # No kernel is looked for that cannot run: of float64, say, none fits.
+    # A configuration is selected only if a kernel can run: for float64, say, none fits.
     if not (chosen or dx.path == "triton") or kernel_step(p, "dx").config is None:
         return dx
     config = configs.select_gemm(p.device.tile_capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
@@ -290,7 +289,7 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
     if measured_otherwise or not loop.loop_efficiency:
         return dx
     triton, addmm = _times(p, "dx", config)
-    # Each further branch of the chain reads dx again and is another launch.
+    # In the chain, each further branch reads and writes dx once more and is another launch.
     addmm += (len(Ns) - 1) * (2 * p.M * p.K / loop.bytes + LAUNCH)
     reason = f"{_estimated(p)}: triton {triton * 1e6:.1f} us, addmm {addmm * 1e6:.1f} us"
     return Step(dx.primitive, "triton", config, reason) if triton <= addmm else _blas_step(p, "dx", reason)
@@ -306,7 +305,7 @@ def _uniform_plan(problem: Problem, path: str, reason: str) -> Plan:
 
 
 def _sizes(problem: Problem, name: str) -> tuple[str, int, int]:
-    """The primitive of a step with its D and E: (M, D) @ (D, E), or (M, D).T @ (M, R)."""
+    """The primitive of a step and its D and E: (M, D) @ (D, E), or (M, D).T @ (M, R)."""
     p = problem
     return {
         "h": ("project", p.K, p.R),
@@ -319,12 +318,12 @@ def _sizes(problem: Problem, name: str) -> tuple[str, int, int]:
 
 
 def kernel_step(problem: Problem, name: str) -> Step:
-    """The step of one product on its own kernel, whatever is faster; ``config`` None where it is empty."""
+    """The step of one product on its own kernel, even if slower; ``config`` is None if it is empty."""
     return _step(problem, name, "triton", "asked for")
 
 
 def small_config(problem: Problem) -> configs.SmallConfig | None:
-    """The configuration of the kernel that makes h and y in one launch, None where it cannot run."""
+    """The configuration of the kernel that computes h and y in one launch, None if it cannot run."""
     if problem.dropout or not (0 < problem.M <= configs.SMALL_ROWS and problem.N and problem.K):
         return None
     p, device = problem, problem.device
@@ -339,7 +338,7 @@ def _in_one_launch(steps: dict[str, Step], config: configs.SmallConfig, reason: 
 
 
 def backward_config(problem: Problem) -> configs.BackwardConfig:
-    """The configuration of the kernel that makes g and dA in one launch."""
+    """The configuration of the kernel that computes g and dA in one launch."""
     p, device = problem, problem.device
     return configs.select_backward(
         device.tile_capability, device.tile_sms, p.M, p.N, p.R, p.dtype.itemsize, p.adapter_itemsize
@@ -353,12 +352,12 @@ def _g_with_dA(steps: dict[str, Step], config: configs.BackwardConfig, reason: s
 
 
 def step_of(problem: Problem, name: str, path: str, reason: str) -> Step:
-    """The step of one product on a path that the planner, not the user, has chosen."""
+    """The step of one product on a path chosen by the planner, not the user."""
     return _blas_step(problem, name, reason) if path == "addmm" else _step(problem, name, path, reason)
 
 
 def _blas_step(problem: Problem, name: str, reason: str) -> Step:
-    """The step of one product by the BLAS, without writing a mask if a kernel can help."""
+    """The step of one product on the BLAS, with a kernel for the dropped update of dx if one can run."""
     step = _step(problem, name, "addmm", reason)
     if not (problem.dropout and name == "dx") or kernel_step(problem, name).config is None:
         return step
@@ -388,22 +387,22 @@ def _step(problem: Problem, name: str, path: str, reason: str) -> Step:
 
 
 def hopper_config(problem: Problem, name: str) -> configs.HopperConfig | None:
-    """The configuration of the warp-specialised loop for y or dx, None where not asked for or it cannot run.
+    """The configuration of the warp-specialised loop for y or dx, None if not requested or it cannot run.
 
-    It has not been measured, so only ``FASTLORA_HOPPER=1``, set before the first plan, asks for it.
+    It has not been measured, so it has to be requested by ``FASTLORA_HOPPER=1``, set before the first plan.
     """
     p = problem
     if not measured.hopper_asked_for() or p.device.capability != 90:
         return None
     if p.dtype not in _HALF or p.M < _HOPPER_TOKENS or any(size % 8 for size in (p.N, p.K, p.R)):
-        return None  # TMA reads rows that begin at multiples of 16 bytes.
+        return None  # TMA requires rows that start at multiples of 16 bytes.
     if (p.dropout and name == "dx") or measured.triton_version() not in _HOPPER_TRITON:
         return None
     return configs.select_hopper(p.device.tile_sms, p.R)
 
 
 def _chosen_plan(problem: Problem) -> Plan:
-    """Each step on the path that was measured to be faster, or is estimated to be."""
+    """Each step on the path that was measured, or else is estimated, to be faster."""
     found = {name: _find(problem, name) for name in Plan.__dataclass_fields__}
     steps = {
         name: _estimated_step(problem, name)
@@ -411,7 +410,7 @@ def _chosen_plan(problem: Problem) -> Plan:
         else step_of(problem, name, finding.path, finding.reason)
         for name, finding in found.items()
     }
-    # What it saves depends on how much of dy the L2 cache keeps: only a row says that, no estimate.
+    # Its saving depends on how much of dy stays in the L2 cache, which only a measurement can tell.
     backward = _find(problem, "g+dA")
     if backward is not None and backward.path == "together":
         steps = _g_with_dA(steps, backward_config(problem), backward.reason)
@@ -420,7 +419,7 @@ def _chosen_plan(problem: Problem) -> Plan:
         return Plan(**steps)
     forward = _find(problem, "forward")
     if forward is None:
-        # A row against an estimate would be no fair comparison.
+        # Comparing a measured row with an estimate would not be fair.
         reason = None if found["h"] or found["y"] else _why_one_launch(problem, small)
         return Plan(**(steps if reason is None else _in_one_launch(steps, small, reason)))
     if forward.path == "small":
@@ -430,7 +429,7 @@ def _chosen_plan(problem: Problem) -> Plan:
 
 
 def _key(problem: Problem, product: str) -> dict[str, Any]:
-    """What the rows of a product are found by, the sizes but R left out."""
+    """The key of a product's rows, without the sizes other than R."""
     return {
         "gpu": problem.device.name,
         "capability": problem.device.capability,
@@ -449,7 +448,7 @@ _SLOW = "the kernels are slow where a size is no multiple of 16"
 
 
 def _estimated_step(problem: Problem, name: str) -> Step:
-    """A step for which no row was measured."""
+    """A step without a measured row."""
     kernel = kernel_step(problem, name)
     if kernel.config is None:
         return Step(kernel.primitive, "addmm", None, "empty: nothing to launch")
@@ -474,7 +473,7 @@ def _estimated_step(problem: Problem, name: str) -> Step:
 
 
 def _compare(problem: Problem, name: str, config) -> tuple[str, bool]:
-    """The reason of a step's choice, and whether the kernel is estimated to be faster than addmm."""
+    """The reason for a step's choice, and whether the kernel is estimated to be faster than addmm."""
     if not roofline_of(problem.device).loop_efficiency and _sizes(problem, name)[0] == "gemm":
         return f"sm_{problem.device.capability}: no main loop of its own yet, cuBLAS with beta = 1", False
     triton, addmm = _times(problem, name, config)
@@ -486,7 +485,7 @@ def _compare(problem: Problem, name: str, config) -> tuple[str, bool]:
 
 
 def _why_one_launch(problem: Problem, config: configs.SmallConfig) -> str | None:
-    """The reason if one launch is estimated to be faster than h and y apart, else None."""
+    """The reason if one launch is estimated to be faster than separate ones for h and y, else None."""
     roofline = roofline_of(problem.device)
     if not roofline.loop_efficiency or "small" in measured.failed(**_key(problem, "forward")):
         return None

@@ -1,4 +1,4 @@
-"""The formula of a LoRA linear layer and its gradients in plain PyTorch: the oracle of every other path.
+"""The formula of a LoRA linear layer and its gradients in plain PyTorch: the oracle for every other path.
 
     y  = x @ W.T + alpha * (drop(x) @ B.T) @ A.T + bias
     dx = dy @ W + alpha * drop((dy @ A) @ B)
@@ -7,9 +7,9 @@
 
 x: (..., K), W: (N, K), B: (R, K), A: (N, R), bias: (N,); drop(x) = keep * x / (1 - p).
 The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1,
-with the names A and B exchanged and alpha standing for their alpha / r.
+with the names A and B swapped and alpha in place of their alpha / r.
 
-Three primitives make all of it, in both directions; the Triton kernels carry the same names.
+Three primitives compute all of it, forward and backward; the Triton kernels have the same names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import masks
-from fastlora.masks import keep_mask as keep_mask  # of the public interface: the mask of a seed
+from fastlora.masks import keep_mask as keep_mask  # public: the mask of a seed
 
 
 def project(p: Tensor, q: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def gemm(
 def token_sum(p: Tensor, u: Tensor, scale: float) -> Tensor:
     """scale * p: (M, D).T @ u: (M, R) -> (D, R), in the wider of the two dtypes."""
     dtype = torch.promote_types(p.dtype, u.dtype)
-    # The other way round a CPU's BLAS sums thousands of tokens in one chain, with twice the error.
+    # In the other order a CPU's BLAS sums thousands of tokens in one chain, with twice the error.
     return (u.to(dtype).t() @ p.to(dtype)).t() * scale
 
 
@@ -77,7 +77,7 @@ def lora_linear(
         x: (..., K). weight: (N, K). A: (N, R). B: (R, K). bias: (N,) or None.
         alpha: the multiplier of the update (PEFT's scaling).
         dropout: probability in [0, 1] of dropping an element of the update's input.
-        seed: int64 tensor of one element; drawn from torch's generator if None and dropout > 0.
+        seed: one-element int64 tensor; drawn from torch's generator if None and dropout > 0.
 
     Returns:
         (..., N), in x's dtype.
@@ -91,7 +91,7 @@ def lora_linear(
 def _lora_linear(
     x: Tensor, dropped: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float, bias: Tensor | None
 ) -> Tensor:
-    """:func:`lora_linear` of x and drop(x). By F.linear, as inference mode has no transposed DTensors."""
+    """:func:`lora_linear` of x and drop(x); by F.linear, as inference mode has no transposed DTensors."""
     dtype = torch.promote_types(x.dtype, A.dtype)
     update = F.linear(F.linear(dropped.to(dtype), B.to(dtype)), A.to(dtype))
     return torch.add(F.linear(x, weight, bias), update, alpha=alpha).to(x.dtype)
@@ -104,7 +104,7 @@ def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     if dropout == 0.0:
         return x
     if seed is None and is_traced():
-        return F.dropout(x, dropout)  # what a trace would hold of a seed is the one mask that it drew
+        return F.dropout(x, dropout)  # with a seed, the trace would record one fixed mask
     seed = masks.new_seed(x.device) if seed is None else seed
     columns = x.shape[-1]
     if masks.is_batched(seed) or is_traced():
@@ -116,12 +116,12 @@ def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace records this call."""
+    """Whether torch.jit.trace is recording this call."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def _beside(x: Tensor, keep: Tensor) -> Tensor:
-    """``keep``, which every rank computes whole, as a DTensor on x's mesh where x is one."""
+    """``keep``, which every rank computes whole, as a DTensor on x's mesh if x is a DTensor."""
     mesh = getattr(x, "device_mesh", None)
     if mesh is None:
         return keep
@@ -140,7 +140,7 @@ def lora_linear_group(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """:func:`lora_linear` of one x by each branch; all of them drop the same elements of x.
+    """Apply :func:`lora_linear` of each branch to one x; all branches drop the same elements of x.
 
     Args:
         x: (..., K). weights: (N_i, K). As: (N_i, R_i). Bs: (R_i, K). biases: (N_i,) or None each.

@@ -1,4 +1,4 @@
-"""A small roofline estimate of each product, for shapes that nobody has measured: plain arithmetic."""
+"""A small roofline estimate of each product, for shapes without measurements; plain arithmetic."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastlora.kernels import configs
 
 @dataclass(frozen=True)
 class Roofline:
-    """Rates of a GPU of ``sms`` multiprocessors, and the share of cuBLAS's that the classic loop reaches.
+    """Rates of a GPU with ``sms`` multiprocessors, and the share of cuBLAS's that the classic loop reaches.
 
-    ``tile``: seconds of each tile of C in which no product is under way, for what comes before and after the
-    loop; 0 where a second program on the multiprocessor hides it.
+    ``tile``: seconds per tile of C spent before and after the loop, without arithmetic; 0 if a second program
+    on the multiprocessor hides them.
     """
 
     flops: float
@@ -25,9 +25,9 @@ class Roofline:
     tile: float = 0.0
 
 
-# Dense bf16 operations and bytes a second. 90: measured on an H200 (large torch.mm, device copy); the others
-# are the vendor's data sheets: A100 SXM, A40, L40S, B200, RTX 5090. The efficiencies and the seconds a tile
-# are estimates, until rows are measured; 0 means that the architecture needs a main loop of its own first.
+# Dense bf16 operations and bytes per second. 90: measured on an H200 (large torch.mm, device copy); the rest
+# from the vendor's data sheets: A100 SXM, A40, L40S, B200, RTX 5090. The efficiencies and times per tile are
+# estimates until rows are measured; an efficiency of 0: the architecture first needs its own main loop.
 ROOFLINES = {
     80: Roofline(312e12, 2.0e12, 0.95, 108),
     86: Roofline(150e12, 0.70e12, 0.95, 84),
@@ -36,18 +36,18 @@ ROOFLINES = {
     100: Roofline(2250e12, 8.0e12, 0.0, 148),
     120: Roofline(210e12, 1.79e12, 0.0, 170),
 }
-# GeForce cards of these architectures sum products in fp32 at half the rate.
+# GeForce cards of these architectures accumulate in fp32 at half the rate.
 _GEFORCE_HALVES = (86, 89)
-# What large copies reach of a memory's nominal rate: 4.3 of 4.9 TB/s on an H200, 3.0 of 3.35 on an H100.
+# Share of the nominal memory rate that large copies reach: 4.3 of 4.9 TB/s on H200, 3.0 of 3.35 on H100.
 _COPY_SHARE = 0.88
-# Share of the memory's rate that a skinny product reaches, and one kernel's launch in seconds: estimates.
+# Share of the memory's rate that a skinny product reaches, and seconds per kernel launch: estimates.
 _TRITON_SKINNY, _CUBLAS_SKINNY = 0.85, 0.60
 LAUNCH = 4e-6
-# The mask of dropout: integer instructions an element, and how many of them a multiprocessor does a second.
+# The dropout mask: integer instructions per element, and how many a multiprocessor executes per second.
 _MASK, _INTEGER_RATE = 10, 64 * 1.5e9
-# The share of the loop's rate that is left beside the mask, whose registers the widest tiles lack.
+# The share of the loop's rate that remains with a mask, for which the widest tiles lack registers.
 _MASKED_LOOP = 0.9
-# How much faster than memory the L2 cache is at the least: an estimate, for what every program reads again.
+# Estimated lower bound on the L2 cache's speed relative to memory's, for what every program reads again.
 _L2 = 1.3
 
 
@@ -66,16 +66,16 @@ def roofline_of(device: Device) -> Roofline:
 
 
 def _share(programs: int, sms: int) -> float:
-    """The share of the GPU's rates that so many programs draw."""
+    """The share of the GPU's rates that this many programs can use."""
     return min(1.0, programs / max(sms, 1))
 
 
 def estimate_small(
     roofline: Roofline, sms: int, M: int, N: int, K: int, R: int, config: configs.SmallConfig
 ) -> float:
-    """Seconds of h and y together by the kernel for few tokens, in half precision.
+    """Seconds for h and y together by the kernel for few tokens, in half precision.
 
-    W comes from memory once; x and B come from the L2 cache, for each program anew.
+    W is read from memory once; every program reads x and B from the L2 cache.
     """
     programs = -(-N // config.block_n)
     moved = 2 * (N * K + M * (K + N) + R * (K + N))
@@ -95,11 +95,11 @@ def estimate(
     config,
     dropped: bool = False,
 ) -> tuple[float, float]:
-    """Seconds of one half-precision product by the kernel and by the addmm form: max(operations, bytes) each.
+    """Seconds for one half-precision product by the kernel and by addmm: max(operations, bytes) for each.
 
-    A kernel with fewer programs than multiprocessors draws only its share of the memory's rate, and its last
-    tiles leave multiprocessors idle; cuBLAS is taken to split its products so that neither happens. Nothing
-    here was measured beyond the two rates of ``roofline``. ``dropped``: whether the update of gemm is.
+    A kernel with fewer programs than multiprocessors gets only its share of the memory's rate, and its last
+    tiles leave multiprocessors idle; cuBLAS is assumed to split its products so that neither happens. Nothing
+    here was measured beyond the two rates of ``roofline``. ``dropped``: whether gemm's update is dropped out.
     """
     rank = max(R, 16)  # tensor-core tiles are at least 16 wide
     sms = max(sms, 1)
@@ -121,13 +121,13 @@ def estimate(
             addmm = max(flops / roofline.flops, moved / roofline.bytes)
             addmm += max(product, 4 * M * E / roofline.bytes, mask)
         else:
-            # The update is written first; P @ Q, which is added onto it, reads it beside its operations.
+            # The update is written first; P @ Q is added onto it and overlaps reading it with arithmetic.
             addmm = max(flops / roofline.flops, (moved + 2 * M * E) / roofline.bytes)
             addmm += max(product, 2 * M * E / roofline.bytes)
         return triton, addmm + 2 * LAUNCH
     flops = 2 * M * D * rank
     moved = 2 * (M * D + M * R + D * R)
-    # The narrow operand comes from the L2 cache, for each program anew.
+    # Every program reads the narrow operand from the L2 cache.
     if primitive == "project":
         programs, partial, launches = -(-M // config.block_m), 0, 1
         cached = 2 * programs * D * R
@@ -144,6 +144,6 @@ def estimate(
     )
     triton /= share
     triton += partial / roofline.bytes + launches * LAUNCH
-    # cuBLAS returns the sum in the half dtype and leaves the factor alpha to another small kernel.
+    # cuBLAS returns the sum in the half dtype and leaves the factor alpha to a second, small kernel.
     addmm = max(flops / roofline.flops, moved / (roofline.bytes * _CUBLAS_SKINNY)) + launches * LAUNCH
     return triton, addmm

@@ -1,9 +1,10 @@
-"""Whole models: the swap of layers for adapted ones, and their merge and state.
+"""Whole models: replacing layers by adapted ones, merging them, and their state.
 
 A prepared model keeps its own class and module names: every targeted ``nn.Linear`` is replaced in its parents
-by a :class:`FusedLoRALinear`, and every other parameter but those of ``modules_to_save`` is frozen. A module
-to save is trained where it is; its original values stay beside it as non-persistent buffers, which move and
-copy with the model and are in no state_dict, so that :mod:`fastlora.disable` can give the frozen model.
+by a :class:`FusedLoRALinear`, and every other parameter except those of ``modules_to_save`` is frozen. A
+module to save is trained in place; its original values are kept on it as non-persistent buffers, which move
+and copy with the model but are in no state_dict, so that :mod:`fastlora.disable` can restore the frozen
+model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fastlora.targets import (
 )
 
 ORIGINAL = "_original_"
-# The names of modules that state_dict leaves out: what checkpoint_wrapper and the old FSDP put around one.
+# Wrapper names that state_dict omits: those that checkpoint_wrapper and FSDP1 put around a module.
 HIDDEN_NAMES = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ALPHA = "alpha"
@@ -45,7 +46,7 @@ _ALPHA = "alpha"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The adapter of one layer; ``adapter_dtype`` None means the weight's."""
+    """The adapter of one layer; an ``adapter_dtype`` of None means the weight's dtype."""
 
     rank: int
     alpha: float
@@ -63,38 +64,38 @@ def apply_lora(
     adapter_dtype: torch.dtype | None = None,
     modules_to_save: str | Iterable[str] | None = (),
 ) -> nn.Module:
-    """Give the targeted ``nn.Linear`` layers of a model a LoRA adapter, in place, and freeze the rest.
+    """Add LoRA adapters to the targeted ``nn.Linear`` layers of a model, in place, and freeze the rest.
 
     The layers become :class:`FusedLoRALinear` under their old names, sharing their weights. A layer that is
-    reachable under several names is adapted once. A second call adapts other layers and leaves the first
-    one's adapters and saved modules alone; every other parameter is frozen again.
+    reachable under several names is adapted once. A second call adapts further layers and leaves the adapters
+    and saved modules of the first alone; every other parameter is frozen again.
 
     Args:
         model: any module; changed in place.
-        target_modules: as PEFT matches it. Several names: each covers the modules called exactly so or whose
-            name ends in ``.name``. A string: a regular expression that must match the whole name.
-            ``"all-linear"``: every module that is exactly an ``nn.Linear``, subclasses left out, but the
-            output head, which is what the model's ``get_output_embeddings()`` returns, else its direct child
-            called lm_head, score, classifier, qa_outputs or head. What lies inside ``modules_to_save`` is
-            left out, and what a transformers model is known to read without calling it.
+        target_modules: matched as in PEFT. Several names: each selects the modules with exactly that name or
+            a name that ends in ``.name``. A string: a regular expression that must match the whole name.
+            ``"all-linear"``: every module that is exactly an ``nn.Linear`` (no subclasses) except the output
+            head, which is what the model's ``get_output_embeddings()`` returns or else its direct child
+            called lm_head, score, classifier, qa_outputs or head. Modules inside ``modules_to_save`` are
+            excluded, as are layers whose weight a transformers model is known to read without calling them.
         rank: R of every adapter. alpha: the multiplier of the update (PEFT's ``lora_alpha / r``).
         dropout: probability in [0, 1] of dropping an element of the update's input in training.
-        adapter_dtype: of A and B; None for the dtype of the layer's weight.
-        modules_to_save: names, matched like ``target_modules``, of modules that are trained as a whole, such
-            as a new head, or None; :func:`adapter_state_dict` and :func:`fastlora.save_adapter` include them.
-            A weight that such a module shares with another (tied embeddings) becomes its own. Their values at
-            this moment are what ``disable_adapter`` goes back to, so give the model those of the base first:
-            ``state_dict()`` does not hold them, and loading one does not change them.
+        adapter_dtype: dtype of A and B; None means that of the layer's weight.
+        modules_to_save: names, matched like ``target_modules``, of modules to train as a whole, such as a new
+            head, or None; :func:`adapter_state_dict` and :func:`fastlora.save_adapter` include them. A module
+            gets its own copy of any weight it shares with another (tied embeddings). ``disable_adapter``
+            restores the values the modules have now, so load the base model's values first:
+            ``state_dict()`` does not contain them, and loading one does not change them.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: nothing matched, or one of the names matched nothing; a target that is not exactly an
-            ``nn.Linear``, has an adapter already or is a module to save; the model itself is the layer; a
-            rank below 1, a dropout outside [0, 1]; in DistributedDataParallel, which would not see the new
-            parameters; adapters that PEFT trains, which would be frozen. The model is left as it was.
-        TypeError: ``model`` is not a module, a name not a string, a rank, alpha or dropout not a number.
+            ``nn.Linear``, already has an adapter or is a module to save; the model itself is the layer; a
+            rank below 1, a dropout outside [0, 1]; a DistributedDataParallel, which would not see the new
+            parameters; trainable PEFT adapters, which would be frozen. The model is left unchanged.
+        TypeError: ``model`` is not a module, a name not a string, or a rank, alpha or dropout not a number.
     """
     check_model(model, "apply_lora")
     check_rank(rank)
@@ -114,7 +115,7 @@ def apply_lora(
 
 
 def check_enabled(model: nn.Module, function: str) -> None:
-    """ValueError inside ``disable_adapter``, where the model does not hold its own values."""
+    """Raise ValueError inside ``disable_adapter``, where the model does not hold its own values."""
     disabled = [path for path, layer in adapted_layers(model).items() if not layer.adapter_enabled]
     disabled += [path for path, m in saved_modules(model).items() if uses_original(m)]
     if disabled:
@@ -124,7 +125,7 @@ def check_enabled(model: nn.Module, function: str) -> None:
 
 
 def check_not_parallel(model: nn.Module, function: str) -> None:
-    """ValueError in DistributedDataParallel, which would not average the gradients of new parameters."""
+    """Raise ValueError for DistributedDataParallel, which would not average new parameters' gradients."""
     for path, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -134,7 +135,7 @@ def check_not_parallel(model: nn.Module, function: str) -> None:
 
 
 def check_own(layers: Mapping[str, FusedLoRALinear], function: str) -> None:
-    """ValueError if a parametrization computes an adapter, so that values copied into it would be lost."""
+    """Raise ValueError if a parametrization computes A or B, as values copied into them would be lost."""
     computed = [path for path, layer in layers.items() if not {"A", "B"} <= layer._parameters.keys()]
     if computed:
         raise ValueError(
@@ -144,21 +145,21 @@ def check_own(layers: Mapping[str, FusedLoRALinear], function: str) -> None:
 
 
 def check_unmerged(layers: Mapping[str, FusedLoRALinear], function: str) -> None:
-    """ValueError if a layer is merged."""
+    """Raise ValueError if a layer is merged."""
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"{function}: {listing(merged)} merged: call unmerge() first")
 
 
 def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[str], function: str) -> None:
-    """Swap layers, freeze the rest and mark the modules to save; all names have been checked.
+    """Replace layers, freeze the rest and mark the modules to save; all names have been checked.
 
-    Everything that can fail, allocation above all, happens before the first lasting change. Errors begin with
-    the name of ``function``.
+    Everything that can fail, above all allocation, happens before the first lasting change. Error messages
+    start with ``function``.
 
     Raises:
-        ValueError: a parameter of a lazy module, which cannot be frozen before it has a shape; PEFT adapters
-            that are trained.
+        ValueError: a parameter of a lazy module, which cannot be frozen before it has a shape; trainable PEFT
+            adapters.
     """
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
@@ -196,7 +197,7 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
         root._saved_with_adapter = True
     _freeze(model, roots)
     for encoder in adapted_encoders(model):
-        # With a padding mask in eval mode it would hand nested tensors to a layer whose fast path is off.
+        # With a padding mask in eval mode it would pass nested tensors to a layer whose fast path is off.
         if not hasattr(encoder, "_used_nested_tensor"):
             encoder._used_nested_tensor = encoder.use_nested_tensor
             encoder.use_nested_tensor = False
@@ -213,7 +214,7 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
 
 
 def _is_trained_by_peft(module: Any) -> bool:
-    """Whether PEFT trains a part of this module: an adapter, a copy to save or a prompt."""
+    """Whether PEFT trains part of this module: an adapter, a modules_to_save copy or a prompt."""
     if not type(module).__module__.startswith(("peft.", "fastlora.")):
         return False
     parts = ("prompt_encoder", *getattr(module, "adapter_layer_names", ()))
@@ -222,14 +223,14 @@ def _is_trained_by_peft(module: Any) -> bool:
 
 
 def _remove_own_hook(module: nn.Module) -> None:
-    """Take our hook out of a module's pre-hooks, in the very dictionary that the user's handles know."""
+    """Remove our hook from a module's pre-hooks in place: the user's handles refer to that dictionary."""
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _keep_fast_path_off]:
         del hooks[key]
 
 
 def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever the module that it replaces is registered."""
+    """Put each replacement wherever the module it replaces is registered."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
@@ -237,7 +238,7 @@ def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None
 
 
 def _freeze(model: nn.Module, new_roots: Iterable[nn.Module]) -> None:
-    """Freeze all but adapters and saved modules; what these train stays as it was."""
+    """Freeze all but adapters and saved modules, whose requires_grad is kept; new roots become trainable."""
     keep = {p for layer in adapted_layers(model).values() for p in (layer.A, layer.B)}
     for layer in adapted_layers(model).values():
         computed: Any = layer.parametrizations if is_parametrized(layer) else {}
@@ -258,10 +259,10 @@ def adapted_encoders(model: nn.Module) -> list[Any]:
 
 
 def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[Callable[[], None]]:
-    """Changes that give a module to save its own trainable tensors, with the original values beside them.
+    """Yield the changes that give a module to save its own trainable tensors and keep the original values.
 
-    PEFT trains a copy of the whole module. Here the tensors stay, so that optimizers and names do, unless a
-    parameter's memory is another module's too: training it would change that module.
+    PEFT trains a copy of the whole module. Here the tensors stay, and with them optimizers and names, except
+    for a parameter that shares memory with another module, which training it would change.
     """
     inside = dict.fromkeys(root.modules())
     outside = [_memory(tensor) for m in model.modules() if m not in inside for _, tensor in _own_tensors(m)]
@@ -289,20 +290,20 @@ def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _keep_original(module: nn.Module, name: str, original: Tensor, own: nn.Parameter | None) -> None:
     if own is not None:
         setattr(module, name, own)
-    # A meta tensor has no values to go back to: disable_adapter says so.
+    # A meta tensor has no values to restore; disable_adapter reports that.
     if original.device.type != "meta":
         module.register_buffer(ORIGINAL + name, original, persistent=False)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own parameters and buffers, the original values of saved modules too."""
+    """A module's own parameters and buffers, including the original values of saved modules."""
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield name, tensor
 
 
 def _shared_weights(model: nn.Module) -> dict[FusedLoRALinear, tuple[str, ...]]:
-    """The adapted layers whose weight other modules hold, or overlap in memory, with the holders' names."""
+    """The adapted layers whose weight overlaps other modules' tensors in memory, with the tensors' names."""
     holders: dict[object, list[tuple[_Memory, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for name, tensor in _own_tensors(module):
@@ -324,7 +325,7 @@ def _shared_weights(model: nn.Module) -> dict[FusedLoRALinear, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Where a tensor lies: a device or the identity of the tensor, first byte and last byte + 1."""
+    """A tensor's memory: its device or, without an address, its id; its first byte and last byte + 1."""
 
     where: object
     start: int
@@ -332,7 +333,7 @@ class _Memory:
 
 
 def _memory(tensor: Tensor) -> _Memory:
-    """A tensor without an address (on meta, sparse, nested, a DTensor) lies apart from all others."""
+    """A tensor's memory; one without an address (meta, sparse, nested, DTensor) overlaps no other tensor."""
     strided = tensor.layout is torch.strided and not tensor.is_nested
     address = tensor.data_ptr() if strided else 0
     if address == 0:
@@ -352,10 +353,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Turn every adapted layer into a plain ``nn.Linear`` that computes the same, in place.
 
     The update is added to the weights in place, without copying them; hooks, training modes and names stay,
-    and saved modules keep what they learned. Afterwards nothing of fastlora is left in the model. Of a
-    transformers model whose embeddings modules_to_save has untied, ``config.tie_word_embeddings`` becomes
-    False, with a warning: ``tie_weights()`` would throw away what one of them has learned. Of an
-    encoder-decoder, whose forward may read it, it stays True, with a warning too.
+    and saved modules keep what they learned. Nothing of fastlora remains in the model. If modules_to_save
+    untied the embeddings of a transformers model, ``config.tie_word_embeddings`` becomes False, with a
+    warning: ``tie_weights()`` would discard what one of them has learned. In an encoder-decoder, whose
+    forward pass may read it, it stays True, with another warning.
 
     Args:
         model: with at least one adapted layer.
@@ -364,9 +365,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: no adapted layer, or the model itself is one (use its ``to_linear``); a weight that
-            another module holds too (tied embeddings) or that a parametrization computes; an update that is
-            not finite; a model that FSDP2 shards; inside ``disable_adapter``. The model is left as it was.
+        ValueError: no adapted layer, or the model itself is one (use its ``to_linear``); a weight that is
+            shared with another module (tied embeddings) or computed by a parametrization; an update that is
+            not finite; a model sharded by FSDP2; inside ``disable_adapter``. The model is left unchanged.
         TypeError: ``model`` is not a module.
     """
     layers = require_layers(model, "merge_lora")
@@ -395,7 +396,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         layer.merge()
-        # Before to_linear, which then hands on the very dictionaries: the user's handles keep working.
+        # Before to_linear, which then shares the hook dictionaries, so that the user's handles keep working.
         _remove_own_hook(layer)
         replacements[layer] = layer.to_linear()
     _swap(model, replacements)
@@ -413,7 +414,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def _keep_untied(model: nn.Module) -> None:
-    """Let transformers know of embeddings that were tied until one of them became a module to save."""
+    """Tell transformers that its tied embeddings were untied when one of them became a module to save."""
     config: Any = getattr(model, "config", None)
     saved = set(saved_modules(model).values())
     ends = [embeddings_of(model, kind) for kind in ("input", "output")]
@@ -440,7 +441,7 @@ def _keep_untied(model: nn.Module) -> None:
 
 
 def fully_sharded(model: nn.Module) -> dict[str, Any]:
-    """The modules that FSDP2 shards, by name; importing it takes a while, so it is only looked up."""
+    """The modules sharded by FSDP2, by name; looks FSDP2 up, as importing it is slow."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return {}
@@ -462,19 +463,19 @@ def uses_original(root: nn.Module) -> bool:
 
 
 def _public(path: str) -> str:
-    """The name that ``state_dict`` has for the module or tensor that ``named_modules`` calls ``path``."""
+    """The ``state_dict`` name of the module or tensor that ``named_modules`` calls ``path``."""
     return ".".join(part for part in path.split(".") if part not in HIDDEN_NAMES)
 
 
 def check_values(tensors: Mapping[str, Tensor], function: str) -> None:
-    """ValueError naming the tensors that have no values to save, or no memory to load into."""
+    """Raise ValueError naming the tensors that have no values to save or no memory to load into."""
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"{function}: {listing(meta)} on the meta device; give the model its values first")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """state_dict names of adapters and saved modules -> the model's own tensors."""
+    """The model's own tensors of adapters and saved modules, by their state_dict names."""
     tensors: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model).items():
         tensors[join_names(path, "A")], tensors[join_names(path, "B")] = layer.A, layer.B
@@ -487,20 +488,20 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of what training changes: A and B of every adapted layer, and the modules to save.
 
-    The names are those of ``model.state_dict()``. As there, what is no tensor travels in the dictionary's
-    attribute ``_metadata``: each layer's ``alpha``, which copying, pickling and ``torch.save`` keep and a new
-    dictionary of the same tensors lacks. ``dropout``, which matters in training alone, is not part of it.
+    The names are those of ``model.state_dict()``. As there, anything that is not a tensor is in the
+    dictionary's ``_metadata`` attribute: each layer's ``alpha``. Copying, pickling and ``torch.save`` keep
+    it; a new dictionary of the same tensors lacks it. ``dropout``, used only in training, is not included.
 
     Args:
         model: with at least one adapted layer.
 
     Returns:
-        A dictionary: ``A`` (out_features, rank) and ``B`` (rank, in_features) of each layer and the tensors
-        of the modules to save, by name, on their devices and in their dtypes.
+        The ``A`` (out_features, rank) and ``B`` (rank, in_features) of each layer and the tensors of the
+        modules to save, by name, on their own devices and in their own dtypes.
 
     Raises:
-        ValueError: no adapted layer; inside ``disable_adapter`` of a model with saved modules; tensors on the
-            meta device.
+        ValueError: no adapted layer; inside ``disable_adapter``, if the model has saved modules; tensors on
+            the meta device.
         TypeError: ``model`` is not a module.
     """
     layers = require_layers(model, "adapter_state_dict")
@@ -514,21 +515,21 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Copy what :func:`adapter_state_dict` returned into the model's own tensors, so that optimizers go on.
+    """Copy a result of :func:`adapter_state_dict` into the model's own tensors, which optimizers hold.
 
-    Each layer's ``alpha`` becomes that of the state, where its ``_metadata`` has one.
+    Each layer's ``alpha`` is set from the state's ``_metadata``, if it has one.
 
     Args:
         model: with the adapted layers and saved modules that the state names, of the same shapes.
-        state: tensors of any device and real dtype.
+        state: tensors on any device, of any real dtype.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: names missing or unexpected, tensors of another shape or without values (on the meta
-            device, there or in the model), an alpha that is not a finite number, a merged layer, inside
-            ``disable_adapter``. Nothing is copied.
+        ValueError: missing or unexpected names, tensors of another shape or on the meta device (in the state
+            or the model), an alpha that is not a finite number, a merged layer; inside ``disable_adapter``.
+            Nothing is copied.
         TypeError: ``model`` is not a module, or ``state`` is not a mapping.
     """
     layers = require_layers(model, "load_adapter_state_dict")
@@ -558,7 +559,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
 
 
 def sharded_like(own: Any, value: Tensor) -> Tensor:
-    """``value``, or of a whole one the part that this process holds of the DTensor ``own``."""
+    """``value``, sharded like ``own`` if that is a DTensor and ``value`` is a whole tensor."""
     if not any_dtensor(own) or any_dtensor(value):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -568,7 +569,7 @@ def sharded_like(own: Any, value: Tensor) -> Tensor:
 
 
 def check_state(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], function: str) -> None:
-    """ValueError naming every missing, unexpected and misshapen tensor of ``state``."""
+    """Raise ValueError naming every missing, unexpected or unsuitable tensor of ``state``."""
     problems = []
     missing = [name for name in expected if name not in state]
     if missing:

@@ -1,6 +1,6 @@
-"""Which modules of a model are meant: the layers to adapt and the modules to save, by PEFT's rules.
+"""Which modules of a model are selected: the layers to adapt and the modules to save, by PEFT's rules.
 
-Nothing here changes a model. What cannot be adapted or saved is refused with its name and the reason.
+Nothing here changes a model. Modules that cannot be adapted or saved are rejected with name and reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from fastlora.linear import FusedLoRALinear, why_unusable
 
 ALL_LINEAR = "all-linear"
-# What transformers and plain PyTorch models call a head that no get_output_embeddings() names.
+# Names of the head in transformers and plain PyTorch models without get_output_embeddings().
 _HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "head")
 # Layers, by the last part of their names, whose weight a transformers model of these types reads without
 # calling the layer, always or in its CUDA kernels. PEFT refuses out_proj in the first five.
@@ -35,7 +35,7 @@ _SHOWN = 12
 class Selector:
     """Which module names an adapter covers, by PEFT's rules; the fields are those of adapter_config.json.
 
-    A tuple holds exact names and last parts of names (``"q_proj"`` covers ``"layers.0.q_proj"``), a string is
+    A tuple holds exact names or last parts of names (``"q_proj"`` covers ``"layers.0.q_proj"``); a string is
     a regular expression for the whole name.
     """
 
@@ -55,7 +55,7 @@ class Selector:
             return False
         if not self.layers_to_transform or isinstance(self.target_modules, str):
             return True
-        # An exact name wins over the layer numbers.
+        # An exact name takes precedence over the layer numbers.
         return path in self.target_modules or self._layer_number(path) in self.layers_to_transform
 
     def _layer_number(self, path: str) -> int | None:
@@ -71,12 +71,12 @@ class Selector:
 
 
 def is_all_linear(target_modules: Any) -> bool:
-    """Whether these are PEFT's word for all linear layers but the head, however it is capitalised."""
+    """Whether this is PEFT's keyword for all linear layers except the head, in any capitalisation."""
     return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
 def matches(names: str | Iterable[str], path: str) -> bool:
-    """Whether a regular expression is all of ``path``, or one of several names is its last parts."""
+    """Whether a regular expression matches all of ``path``, or any of several names its last parts."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
@@ -105,7 +105,7 @@ def checked_names(names: str | Iterable[str], argument: str) -> tuple[str, ...]:
 
 
 def all_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module below the root with all its names."""
+    """Every module below the root, with all its names."""
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if path:
@@ -114,7 +114,7 @@ def all_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def find_saved(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """The (first) names of the new modules to save, none inside another; ValueError for what cannot be."""
+    """The (first) names of the new modules to save, outermost only; ValueError for one that cannot be."""
     found: dict[str, nn.Module] = {}
     paths = all_paths(model)
     before = saved_modules(model)
@@ -152,7 +152,7 @@ def join_names(*parts: str) -> str:
 
 
 def find_targets(model: nn.Module, target_modules: str | Iterable[str], saved: Sequence[str]) -> list[str]:
-    """The (first) names of the layers to adapt; ValueError where that is not exactly what was asked for."""
+    """The (first) names of the layers to adapt; ValueError if they are not exactly what was requested."""
     if isinstance(model, FusedLoRALinear):
         raise ValueError(f"apply_lora: the model itself has an adapter already: {model}")
     if isinstance(model, nn.Linear):
@@ -205,7 +205,7 @@ def check_adaptable(
 def _match_targets(
     model: nn.Module, target_modules: str | Iterable[str], roots: Sequence[nn.Module]
 ) -> list[str]:
-    """The (first) names of all modules that ``target_modules`` matches outside ``roots``, those to save."""
+    """The (first) names of all modules that match outside ``roots``, the modules to save."""
     single = isinstance(target_modules, str)
     patterns: tuple[str, ...] = (
         (target_modules,)
@@ -244,13 +244,13 @@ def _expression(pattern: str) -> str:
 
 
 def linear_names(model: nn.Module, exact: bool = True, sequence_classifier: bool | None = None) -> list[str]:
-    """The (first) names of all linear layers but the output head's.
+    """The (first) names of all linear layers except the output head's.
 
     Args:
-        exact: ``nn.Linear`` itself and adapted layers alone; else, as in PEFT, subclasses and transformers'
-            ``Conv1D`` too.
-        sequence_classifier: whether a ``score`` or ``classifier`` counts as the output head (PEFT's rule,
-            from its task type); None: the conventional names of :func:`apply_lora` do.
+        exact: only ``nn.Linear`` itself and adapted layers; otherwise, as in PEFT, also subclasses and
+            transformers' ``Conv1D``.
+        sequence_classifier: whether ``score`` or ``classifier`` counts as the output head (PEFT's rule, from
+            its task type); None means that the conventional names listed by :func:`apply_lora` do.
     """
     head = embeddings_of(model, "output")
     if head is None:
@@ -269,11 +269,11 @@ def linear_names(model: nn.Module, exact: bool = True, sequence_classifier: bool
 
 
 def embeddings_of(model: nn.Module, kind: str) -> nn.Module | None:
-    """What a transformers model calls its "input" or "output" embeddings, None where it names none."""
+    """The "input" or "output" embeddings that a transformers model reports, None if it has none."""
     getter = getattr(model, f"get_{kind}_embeddings", None)
     try:
         return getter() if callable(getter) else None
-    except NotImplementedError:  # a model of images, say
+    except NotImplementedError:  # an image model, for example
         return None
 
 
@@ -303,7 +303,7 @@ def why_never_called(model: nn.Module, path: str) -> str | None:
 
 
 def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules on the way to the one called ``path``, from the model itself to its parent."""
+    """The modules on the path to the one called ``path``, from the model itself to its parent."""
     modules = [model]
     for name in path.split(".")[:-1]:
         modules.append(modules[-1].get_submodule(name))
@@ -311,7 +311,7 @@ def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def available_layers(model: nn.Module) -> str:
-    """The nn.Linear layers of a model, in a few words, for error messages."""
+    """A short list of a model's nn.Linear layers, for error messages."""
     names = [path for path, m in model.named_modules() if path and type(m) is nn.Linear]
     if names:
         return f"the model's nn.Linear layers are {listing(names)}"
@@ -319,7 +319,7 @@ def available_layers(model: nn.Module) -> str:
 
 
 def listing(paths: Sequence[str]) -> str:
-    """Names for an error message, layers that differ in their numbers in one."""
+    """Names for an error message, with those that differ only in numbers combined."""
     return shorten(list(collapse(paths)))
 
 
@@ -329,7 +329,7 @@ def shorten(items: Sequence[str]) -> str:
 
 
 def collapse(paths: Iterable[str]) -> dict[str, int]:
-    """Names that differ in their numbers alone, in one with their count: layers.{0..5}.query -> 6."""
+    """Combine names that differ only in a number, with their count: layers.{0..5}.query -> 6."""
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for path in paths:
         parts = path.split(".")

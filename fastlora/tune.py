@@ -1,10 +1,10 @@
 """``python -m fastlora tune``: measures the paths on this GPU and writes the rows that the planner reads.
 
-Each path of each product is checked against a float64 result, then the paths that passed are timed in turns,
-in one run. The rows go to a file in the user's cache folder, after every shape, so that an interrupted run
-keeps what it measured and ``--resume`` goes on from there. A path that broke the GPU is not run again.
+Each path of each product is checked against a float64 result, then the paths that passed are timed in turn,
+in one run. After every shape the rows are written to a file in the user's cache folder, so an interrupted run
+keeps what it measured and ``--resume`` continues from there. A path that broke the GPU is not run again.
 
-Times are those of CUDA graphs: what the host adds to calls that it launches one by one is left out.
+Times are those of CUDA graphs, without the host's overhead for calls launched one by one.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from fastlora.measured import OK, Row
 from fastlora.planner import Problem, Step
 from fastlora.targets import is_all_linear, linear_names
 
-# The (out, in) features of common 7B to 13B decoders, training and decoding.
+# The (out, in) features of common 7B to 13B decoders, for training and decoding.
 FEATURES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 512, 1024, 2048, 4096, 8192)
 RANKS = (16, 64)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ALPHA = 0.5
 DROPOUT = 0.1
-# The rule of every test: an error of at most twice that of eager PyTorch in the same dtypes, plus a little.
+# The criterion of every test: at most twice the error of eager PyTorch in the same dtypes, plus some slack.
 FACTOR, SLACK = 2.0, 1e-6
-# Rows and columns of a result that the check compares: float64 is slow on most GPUs.
+# Rows and columns of a result that the check compares; not all, as float64 is slow on most GPUs.
 _SAMPLED = 256
 _MAX_SETS, _MAX_BYTES = 32, 2 * 1024**3
-# Prefix of the status of a path that left the GPU unusable.
+# Status prefix of a path that left the GPU unusable.
 _LOST = "lost the GPU: "
 
-# Names of paths with the calls to time, one for each input set -> seconds a call of each path.
+# Path names and the calls to time, one for each input set -> seconds per call of each path.
 Timer = Callable[[Mapping[str, Sequence[Callable[[], object]]]], Mapping[str, float]]
 
 
 class DeviceLost(RuntimeError):
-    """A path broke the GPU's context, so that nothing can be measured in this process any more."""
+    """A path broke the GPU's context, so nothing more can be measured in this process."""
 
     def __init__(self, row: Row) -> None:
         super().__init__(
@@ -76,7 +76,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Of "M,N,K,R"; ValueError (as argparse wants it) for anything else."""
+        """Parse "M,N,K,R"; ValueError (as argparse expects) for anything else."""
         sizes = [int(part) for part in text.split(",")]
         if len(sizes) != 4 or min(sizes) < 1 or sizes[3] > configs.MAX_RANK:
             raise ValueError(text)
@@ -124,7 +124,7 @@ def draw_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
 
 @dataclass(frozen=True)
 class Computation:
-    """One product on one set of inputs: by each path, and a part of each of its results in float64."""
+    """One product on one set of inputs: computed by any path, and part of each result in float64."""
 
     run: Callable[[str], Tensor | tuple[Tensor, ...]]
     exact: tuple[Callable[[Tensor, Tensor], Tensor], ...]
@@ -133,14 +133,14 @@ class Computation:
 def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row] = ()) -> Computation:
     """``run(path)`` gives the whole result or results, ``exact(rows, columns)`` those elements of each.
 
-    ``before``: rows of the same sizes, of which g and dA apart take their fastest paths.
+    ``before``: measured rows of the same sizes, which determine the fastest paths of g and dA apart.
     """
 
     def step(name: str, path: str) -> Step:
         return planner.step_of(problem, name, path, "")
 
     def drop() -> ops._Dropout | None:
-        # Made anew for each call: it keeps the mask that the paths without kernels write.
+        # A new one for each call, as it caches the mask that the paths without kernels write.
         return ops._dropout(DROPOUT, t.seed if problem.dropout else None, problem.M, problem.K)
 
     def keep() -> Tensor:
@@ -225,24 +225,24 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
 
 
 def _fastest(rows: Iterable[Row], product: str) -> str:
-    """The fastest path of a product that passed its check, "addmm" where none did."""
+    """The fastest path of a product that passed its check, "addmm" if none did."""
     timed = [row for row in rows if row.product == product and row.status == OK]
     return min(timed, key=lambda row: row.time).path if timed else "addmm"
 
 
 def products(shape: Shape) -> list[tuple[str, bool]]:
-    """(product, dropout) of everything that is measured at a shape, g and dA before both together."""
+    """(product, dropout) of everything measured at a shape; g and dA precede "g+dA"."""
     plain = [name for name in measured.SIZES if name != "forward" or shape.M <= configs.SMALL_ROWS]
     return [(name, False) for name in plain] + [(name, True) for name in planner.DROPPED]
 
 
 def check(one: Computation, path: str) -> str:
-    """ "ok", or what is wrong with a path: an exception, a value that is not finite, too large an error."""
+    """ "ok", or what is wrong with a path: an exception, a non-finite value or too large an error."""
     try:
         results, eager = (_as_tuple(one.run(name)) for name in (path, "reference"))
         faults = (_fault(*each) for each in zip(results, eager, one.exact, strict=True))
         return next((fault for fault in faults if fault), OK)
-    except Exception as error:  # whatever a compiler or driver raises: this path is not for this GPU
+    except Exception as error:  # whatever a compiler or driver raises, the path does not work here
         raise_out_of_memory(error)
         return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
@@ -278,12 +278,12 @@ def _fault(result: Tensor, eager: Tensor, exact: Callable[[Tensor, Tensor], Tens
 
 
 def _sample(size: int, device: torch.device) -> Tensor:
-    """Indices spread over ``size``, the first and the last among them."""
+    """Indices spread over ``size``, including the first and the last."""
     return torch.linspace(0, size - 1, min(size, _SAMPLED), device=device).round().long().unique()
 
 
 def _works(device: torch.device) -> bool:
-    """Whether the device still answers: an illegal access leaves it unusable for the whole process."""
+    """Whether the device still responds: an illegal access makes it unusable for the whole process."""
     try:
         torch.zeros(1, device=device).item()
     except torch.OutOfMemoryError:
@@ -304,10 +304,10 @@ def measure(
     before: Sequence[Row],
     broken: Mapping[tuple, str],
 ) -> list[Row]:
-    """The rows of one product at one shape: each path checked, those that passed timed together.
+    """The rows of one product at one shape: every path is checked, and those that passed are timed together.
 
-    ``before``: rows of g and dA at the same sizes. ``broken``: the status, by (family, path), of what
-    broke the GPU in an earlier run, and is not run. No rows, and a warning, where the timer fails.
+    ``before``: rows of g and dA at the same sizes. ``broken``: the statuses, by (family, path), of paths that
+    broke the GPU in an earlier run and are skipped. Returns no rows, with a warning, if the timer fails.
 
     Raises:
         DeviceLost: with the row of the path that broke the device.
@@ -349,7 +349,7 @@ def measure(
     }
     try:
         seconds = timer(calls) if calls else {}
-    except RuntimeError as error:  # a capture that failed, say: no figure, and no path is to blame
+    except RuntimeError as error:  # such as a failed capture: no times, and no path is to blame
         raise_out_of_memory(error)
         reason = (str(error).strip().splitlines() or [""])[0]
         if not _works(sets[0].x.device):
@@ -360,13 +360,13 @@ def measure(
 
 
 def _sizes(product: str, dropout: bool, dtype: str, shape: Shape | Row) -> tuple:
-    """All that the rows of a product depend on: shapes that agree in it share them."""
+    """Everything that the rows of a product depend on; shapes with the same key share rows."""
     sizes = tuple(getattr(shape, size) for size in measured.SIZES[product])
     return product, dropout, dtype, shape.M, sizes, shape.R
 
 
 def _earlier(path: Path, described: Device) -> list[Row]:
-    """The rows of this GPU and Triton in a file; none where it is no such file, which is replaced then."""
+    """The rows for this GPU and Triton in a file; none if it is missing or invalid, to be replaced."""
     machine = described.name, described.capability, measured.triton_version()
     try:
         return [row for row in measured.read_rows(path) if (row.gpu, row.capability, row.triton) == machine]
@@ -382,10 +382,10 @@ def tune(
     path: Path,
     resume: bool = False,
 ) -> Iterator[tuple[torch.dtype, Shape, list[Row] | None]]:
-    """Measure every job and save its rows in ``path``; yields them, None where the memory is too small.
+    """Measure every job and save its rows in ``path``; yields the rows, None if memory is too small.
 
-    Products that two shapes share (h does not depend on N) are measured once, with ``resume`` also those that
-    ``path`` has all rows of. Plans are made anew afterwards.
+    Products that two shapes share (h does not depend on N) are measured once; with ``resume``, products whose
+    rows are all in ``path`` are not measured again. Cached plans are cleared afterwards.
 
     Raises:
         DeviceLost: see :func:`measure`; what was measured is saved.
@@ -429,7 +429,7 @@ def tune(
 
 
 def _input_sets(shape: Shape, device: torch.device) -> int:
-    """How many sets of inputs take turns: on a GPU three times its L2 cache, so that none stays in it."""
+    """The number of input sets used in turn: on a GPU, three times its L2 cache, so that none stays in it."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -439,9 +439,9 @@ def _input_sets(shape: Shape, device: torch.device) -> int:
 
 
 def least_read(M: int, N: int, K: int) -> int:
-    """Elements that a product of a layer reads of its inputs at the least, what is in the L2 cache left out.
+    """The fewest elements that a product of a layer reads of its inputs, not counting what is in L2 cache.
 
-    The skinny products read x or dy alone. Few tokens are in that cache anyway, the weight is not.
+    The skinny products read only x or dy. For few tokens those are in the cache anyway, but not the weight.
     """
     return M * min(N, K) if M > 64 else N * K
 
@@ -449,10 +449,10 @@ def least_read(M: int, N: int, K: int) -> int:
 def time_on_gpu(
     functions: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 11, sample: float = 1e-3
 ) -> dict[str, float]:
-    """Median device seconds a call of each path, from CUDA graphs timed in turns on the current device.
+    """Median device seconds per call of each path, from CUDA graphs timed in turn on the current device.
 
-    A graph holds one call for each input set, so Python's own time is left out and the inputs come from
-    memory; in every round each path has one sample of about ``sample`` seconds, in an order drawn anew.
+    A graph holds one call for each input set, so Python's overhead is excluded and the inputs come from
+    memory; in every round each path has one sample of about ``sample`` seconds, in a new random order.
     """
     graphs = {name: capture(in_turn(calls), torch.cuda.Stream()) for name, calls in functions.items()}
     repeats = {}
@@ -470,7 +470,7 @@ def time_on_gpu(
 
 
 def in_turn(functions: Iterable[Callable[[], object]]) -> Callable[[], None]:
-    """One function that calls all of them: a rotation over input sets, none of which stays in cache."""
+    """One function that calls all of them, to rotate over input sets so that none stays in cache."""
     functions = tuple(functions)
 
     def call_all() -> None:
@@ -483,7 +483,7 @@ def in_turn(functions: Iterable[Callable[[], object]]) -> Callable[[], None]:
 def capture(
     function: Callable[[], object], stream: torch.cuda.Stream, warm_up: int = 1
 ) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of ``function``, captured on ``stream`` after warming up; what it reads must live on."""
+    """A CUDA graph of ``function``, captured on ``stream`` after a warm-up; its inputs must stay alive."""
     current = torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -496,7 +496,7 @@ def capture(
         with torch.cuda.graph(graph, stream=stream):
             function()
     finally:
-        torch.cuda.set_stream(current)  # which PyTorch 2.11 leaves out where the capture fails at its end
+        torch.cuda.set_stream(current)  # PyTorch 2.11 omits this if the capture fails at its end
     return graph
 
 
@@ -515,10 +515,10 @@ def model_layers(name: str) -> set[tuple[int, int, int | None]]:
 
     Args:
         name: a directory with ``adapter_config.json``, or a directory or name that transformers'
-            ``AutoConfig`` reads. No weight of the model is loaded.
+            ``AutoConfig`` reads. No weights are loaded.
 
     Raises:
-        ValueError: it cannot be read, or has no linear layer; says what to do.
+        ValueError: it cannot be read or has no linear layer; says what to do.
     """
     config = Path(name) / "adapter_config.json"
     layers: set[tuple[int, int, int | None]]
@@ -534,7 +534,7 @@ def model_layers(name: str) -> set[tuple[int, int, int | None]]:
 
 
 def _adapter_layers(path: Path) -> set[tuple[int, int, int | None]]:
-    """The layers that an adapter's file holds: ``lora_A`` is (R, K), ``lora_B`` (N, R)."""
+    """The layers in an adapter's file: ``lora_A`` is (R, K), ``lora_B`` (N, R)."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -553,7 +553,7 @@ def _adapter_layers(path: Path) -> set[tuple[int, int, int | None]]:
 
 
 def _configured_layers(path: Path) -> set[tuple[int, int, int | None]]:
-    """The layers that an adapter's configuration names in its base model."""
+    """The layers of the base model that an adapter's configuration selects."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         base = fields["base_model_name_or_path"]
@@ -570,7 +570,7 @@ def _configured_layers(path: Path) -> set[tuple[int, int, int | None]]:
         selector = dataclasses.replace(selector, target_modules=tuple(sizes))
     layers: set[tuple[int, int, int | None]] = set()
     for own, (n, k) in sizes.items():
-        # The names are those in the model with its head, of which this one is a child called so.
+        # The configuration names layers of the model with its head, where this one is a child of that name.
         for name in (f"{getattr(model, 'base_model_prefix', '')}.{own}", own):
             if selector.covers(name):
                 layers.add((n, k, config.rank_of(name)))
@@ -595,13 +595,13 @@ def _meta_model(name: str) -> nn.Module:
 
 
 def _linear_features(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) features of the linear layers but the head, by name."""
+    """(out, in) features of the linear layers except the head, by name."""
     layers: dict[str, Any] = {path: model.get_submodule(path) for path in linear_names(model)}
     return {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
 
 
 def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:
-    """(dtype, shape) of everything to measure, once each; ValueError for a model that cannot be read."""
+    """(dtype, shape) of everything to measure, without repeats; ValueError for an unreadable model."""
     if options.shapes:
         shapes = sorted(set(options.shapes))
     else:
@@ -613,7 +613,7 @@ def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:
             for r in (options.ranks if rank is None else (rank,))
             if r <= configs.MAX_RANK
         }
-        # Decoding and long batches come first: they are what a run that ends early should have.
+        # Decoding and long batches come first: they matter most if a run ends early.
         shapes = sorted(found, key=lambda shape: (shape.M not in (1, 16), shape.M > 16 and -shape.M, shape))
     return [(DTYPES[dtype], shape) for dtype in dict.fromkeys(options.dtype) for shape in shapes]
 
@@ -633,7 +633,7 @@ def _with_lines(jobs: list[tuple[torch.dtype, Shape]]) -> Iterator[tuple[torch.d
 
 
 def _until(end: float, jobs: Iterable[tuple[torch.dtype, Shape]]) -> Iterator[tuple[torch.dtype, Shape]]:
-    """The jobs that begin before ``end``, in seconds of the monotonic clock."""
+    """The jobs that start before ``end``, in seconds of the monotonic clock."""
     for job in jobs:
         if time.monotonic() >= end:
             return
@@ -641,7 +641,7 @@ def _until(end: float, jobs: Iterable[tuple[torch.dtype, Shape]]) -> Iterator[tu
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each product: what each path took, and the path that plan will choose."""
+    """One line per product: the time of each path, and the path that plan will choose."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row.dtype, row.product, row.dropout, *row.shape), []).append(row)
@@ -715,12 +715,12 @@ def main(
     described: Device | None = None,
     timer: Timer = time_on_gpu,
 ) -> int:
-    """The command. Returns 0; 2 where nothing can be measured, 130 when interrupted.
+    """Run the command. Returns 0, or 2 if nothing can be measured, 130 if interrupted.
 
     Args:
         argv: the command line after ``tune``; that of the process if None.
-        device, described, timer: what to measure on, how the planner knows it, and by what clock; the current
-            GPU if None. For tests.
+        device, described, timer: the device to measure on (the current GPU if None), its description for the
+            planner, and the timer to use. For tests.
     """
     options = _parser().parse_args(argv)
     try:
