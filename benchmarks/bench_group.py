@@ -19,5 +19,5 @@ pytestmark = pytest.mark.benchmark(timer=REPLAY.now)
 def test_group(
     session: Session, shape: GroupShape, mode: str, provider: str, request: pytest.FixtureRequest
 ) -> None:
-    """The provider is right on this group; then its times are reported."""
+    """Check that the provider is right on this group, then report its times."""
     session.report(shape, mode, provider, request)

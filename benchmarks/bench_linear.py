@@ -12,7 +12,7 @@ BENCHMARK = Benchmark(
     gpu_shapes=TRAINING_SHAPES + DECODE_SHAPES,
     cpu_shapes=CPU_SHAPES,
     seconds=60.0,
-    cpu_bias=True,  # the encoders of the CPU's list have biases, the LLMs have none
+    cpu_bias=True,  # the encoders in the CPU's list have biases; the LLMs do not
 )
 pytestmark = pytest.mark.benchmark(timer=REPLAY.now)
 
@@ -20,5 +20,5 @@ pytestmark = pytest.mark.benchmark(timer=REPLAY.now)
 def test_linear(
     session: Session, shape: Shape, mode: str, provider: str, request: pytest.FixtureRequest
 ) -> None:
-    """The provider is right on this shape; then its times are reported."""
+    """Check that the provider is right on this shape, then report its times."""
     session.report(shape, mode, provider, request)

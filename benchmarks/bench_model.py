@@ -1,4 +1,4 @@
-"""A decoder layer with adapters on all its linear layers: training steps, tokens a second, memory."""
+"""A decoder layer with adapters on all its linear layers: training steps, tokens per second, memory."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ pytestmark = pytest.mark.benchmark(timer=REPLAY.now)
 def test_model(
     session: Session, shape: ModelShape, mode: str, provider: str, request: pytest.FixtureRequest
 ) -> None:
-    """The provider is right on this layer; then its times are reported."""
+    """Check that the provider is right on this layer, then report its times."""
     session.report(shape, mode, provider, request)

@@ -1,8 +1,8 @@
-"""Each provider's outputs against float64, before it is timed.
+"""Checks each provider's outputs against float64 before it is timed.
 
 The rule: the largest and the root-mean-square error of y and of every gradient are at most twice those of
-eager PyTorch in the same dtypes, plus 1e-6. With float32 adapters on a half-precision base, eager PyTorch is
-the worse of PEFT's form (the update in float32) and the eager form under autocast.
+eager PyTorch in the same dtypes, plus 1e-6. With float32 adapters on a half-precision base, eager PyTorch
+means the worse of PEFT's form (the update in float32) and the eager form under autocast.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Error:
 
 
 def error(actual: Tensor, exact: Tensor) -> Error:
-    """Of ``actual`` against float64 ``exact``; ValueError if the shapes differ."""
+    """The error of ``actual`` against float64 ``exact``; ValueError if the shapes differ."""
     if actual.shape != exact.shape:
         raise ValueError(f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
     distance = (actual.detach().double() - exact).abs_()
@@ -38,7 +38,8 @@ def error(actual: Tensor, exact: Tensor) -> Error:
 class Checker:
     """Checks the layers of one problem; the float64 results and eager errors are computed once.
 
-    With a mask ``keep``, bool (M, K), the layers have to drop just these elements, else none.
+    With a mask ``keep``, bool (M, K), the layers must drop exactly the elements where it is False; otherwise
+    none.
     """
 
     def __init__(self, problem: AnyProblem, keep: Tensor | None = None) -> None:
@@ -66,9 +67,9 @@ class Checker:
         return self._bounds[adapter_dtype]
 
     def _draws(self) -> Iterator[tuple[AnyProblem, dict[str, Tensor]]]:
-        """The problem with its float64 results, and for few tokens other draws of it too.
+        """The problem with its float64 results and, for few tokens, further random draws of it.
 
-        Few tokens make few roundings, and luck would decide whose are larger.
+        Few tokens mean few roundings, and chance would decide whose are larger.
         """
         yield self._problem, self._references[False]
         if self._problem.shape.M < FEW_TOKENS:
@@ -77,7 +78,7 @@ class Checker:
                 yield drawn, drawn.exact(keep=self._keep)
 
     def failures(self, layer: Layer, adapter_dtype: torch.dtype | None) -> list[str]:
-        """What is wrong with the layer's y and gradients, one line each; empty if it is right.
+        """What is wrong with the layer's y and gradients, one line each; empty if they are right.
 
         The frozen linear (no adapters) is held to the same bounds for y and dx.
         """
@@ -110,9 +111,9 @@ def _exceeded(name: str, actual: Tensor, exact: Tensor, bound: Error) -> list[st
 
 
 def _poison_free_memory(problem: AnyProblem) -> None:
-    """Leaves NaN in the device memory that the next outputs are allocated from.
+    """Fill with NaN the device memory from which the next outputs are allocated.
 
-    An element that no kernel writes then shows. On a CPU the allocator takes no such hint.
+    This exposes elements that no kernel writes. The CPU's allocator cannot be steered this way.
     """
     if problem.device.type != "cuda":
         return

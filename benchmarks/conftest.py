@@ -1,6 +1,6 @@
-"""Options of the pytest benchmarks, and what each of their files leaves: one CSV, one picture, one table.
+"""Options of the pytest benchmarks. Each of their files produces one CSV, one picture and one table.
 
-pytest benchmarks/                                            (a CPU: small shapes, under 6 minutes)
+pytest benchmarks/                                            (on a CPU: small shapes, under 6 minutes)
 pytest benchmarks/ --bench-shape 64,768,768,8 --bench-providers peft,fastlora
 pytest benchmarks/bench_model.py --bench-shape 2x128,512,16
 """
@@ -52,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the files that no shape of --bench-shape is for."""
+    """Deselect the files that no shape of --bench-shape is for."""
     kinds = {type(shape) for shape in harness.asked_shapes(config)}
     others = [item for item in items if kinds and hasattr(item, "module") and not _is_for(item.module, kinds)]
     config.hook.pytest_deselected(items=others)
@@ -65,7 +65,7 @@ def _is_for(module: ModuleType, kinds: set[type]) -> bool:
 
 @pytest.fixture(scope="module")
 def session(request: pytest.FixtureRequest):
-    """The measurements of one file; writes them at its end."""
+    """The measurements of one file, written at its end."""
     session = harness.Session(request.config, request.module.BENCHMARK)
     yield session
     request.config.bench_summary = [*getattr(request.config, "bench_summary", ()), *session.write()]
@@ -73,6 +73,6 @@ def session(request: pytest.FixtureRequest):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter) -> None:
-    """What the session's benchmarks wrote, after pytest-benchmark's own tables."""
+    """Print what the session's benchmarks wrote after pytest-benchmark's own tables."""
     for line in getattr(terminalreporter.config, "bench_summary", ()):
         terminalreporter.write_line(line)

@@ -2,19 +2,19 @@
 
     python benchmarks/gpu.py --out DIR [--only both decode ...] [--minutes 9] [--proof FILE]
 
-Needs no install of the package. Stops by itself inside its minutes and says what it left out. Nothing is
-timed unless the tests marked cuda and fastlora's own checks pass, or --anyway is given; the proof,
-DIR/correctness.json or FILE, remembers how they ended, for the same source, GPU and versions, so that a later
-call goes on to the tables. Left out of these tests, for their time, are TestFuzz of tests/test_faults.py, and
-those of the Hopper loop, which is off by default: section hopper runs them before it times it, last of all.
+The package need not be installed. The script stops within its minutes and says what it left out. Nothing is
+timed unless the tests marked cuda and fastlora's own checks pass, or --anyway is given. The proof,
+DIR/correctness.json or FILE, records their outcome for the same source, GPU and versions, so that a later
+call goes straight to the tables. To save time, these tests leave out TestFuzz of tests/test_faults.py and
+those of the Hopper loop, which is off by default: section hopper, the last, runs them before timing the loop.
 
 DIR/gpu.csv        every row, stamped with GPU, driver, torch, triton, commit and date; a later call appends
 DIR/checks.csv     the checks before the tables
-DIR/*.png          the ratios (benchmarks/plot.py draws them later from gpu.csv where --no-pictures is given)
-DIR/summary.json   environment, what was measured, what was left out by the latest call
+DIR/*.png          the ratios (with --no-pictures, benchmarks/plot.py can draw them later from gpu.csv)
+DIR/summary.json   environment, what the latest call measured and what it left out
 DIR/*.log          output of the tests
 
-Exit status: 0 all asked for was measured or left out for time, 1 something is wrong with fastlora or a
+Exit status: 0 everything asked for was measured or left out for time, 1 something is wrong with fastlora or a
 measurement, 2 no GPU, 3 a measurement hung.
 """
 
@@ -95,10 +95,10 @@ SECTIONS = {
     "hopper": "the warp-specialised loop: its tests, then y and dx against BLAS and the classic loop",
 }
 PRODUCTS = ("y", "dx", "h", "g", "dA", "dB", "g+dA", "dx+dropout")
-# Odd sizes and ranks for the check alone, beside an LLM layer.
+# For the check only: odd sizes and ranks, and an LLM layer.
 CHECK_SHAPES = [Shape(333, 515, 1029, 24), Shape(70, 1000, 77, 3), Shape(512, 4096, 4096, 16)]
 CHECK_GROUPS = [GroupShape(333, (515, 260, 64), 1029, 24)]
-# Share of the minutes kept for pictures and tables, and its upper bound in seconds.
+# Share of the minutes reserved for pictures and tables, and its upper bound in seconds.
 RESERVE, MOST_RESERVE = 0.1, 20.0
 PICTURES = {
     "training": ("training", "dropout"),
@@ -107,26 +107,26 @@ PICTURES = {
     "group": ("group",),
     "model": ("model",),
 }
-# Compiling takes longer than measuring, so torch.compile runs on layers of this rank alone, and on the first
-# of the decoder layers.
+# Compiling takes longer than measuring, so torch.compile runs only on layers of this rank and, among the
+# decoder layers, on the first.
 COMPILE_RANK = 16
-# Seconds that a unit of a section may take, where those before it were of another kind.
+# Seconds that the first unit of a section may take.
 GUESSES = {"training": 45.0, "dropout": 30.0, "group": 30.0, "model": 120.0, "tiles": 30.0, "hopper": 60.0}
-# What the tables are worth nothing without. The others would take more than the minutes of a call: fuzzing
-# compiles hundreds of kernels. tune's own test times, which other tests beside it would disturb.
+# The tests without which the tables are worthless. Left out: fuzzing, which compiles hundreds of kernels and
+# would take longer than a call's minutes, and tune's own test, whose timing concurrent tests would disturb.
 TESTS = (
     "tests -m cuda --ignore=tests/test_hopper.py --deselect=tests/test_faults.py::TestFuzz "
     "--deselect=tests/test_tune.py::test_on_this_gpu"
 )
-# Seconds that they may take, in several processes: what is left belongs to the tables.
+# Seconds that they may take, in several processes: the remaining time is for the tables.
 TESTS_SECONDS, MOST_TEST_PROCESSES = 300.0, 12
-NO_TESTS = 5  # pytest's exit status where it has collected none
+NO_TESTS = 5  # pytest's exit status if it collected no tests
 HOPPER_TESTS, HOPPER_SECONDS = ["tests/test_hopper.py", "-m", "cuda"], 120.0
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work small enough to fit or to be left out as a whole."""
+    """A piece of work that is either measured or left out as a whole."""
 
     name: str
     run: Callable[[], Measurement]
@@ -135,7 +135,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how to measure: a GPU, or a CPU with tiny shapes to try the script itself."""
+    """Where and how to measure: a GPU, or a CPU with tiny shapes to try out the script itself."""
 
     device: torch.device
     dtype: torch.dtype
@@ -158,7 +158,7 @@ TINY = {"training": TINY_SHAPES, "group": TINY_GROUP_SHAPES, "model": TINY_MODEL
 
 
 def shapes_of(section: str, target: Target) -> tuple[list[AnyShape], list[AnyShape]]:
-    """A section's shapes: those that every run should have, and those for the time that is left."""
+    """A section's shapes: those that every run should measure, and those for the remaining time."""
     if target.dry:
         return TINY.get(section, TINY_SHAPES[1:]), []
     if section in ("mainloop", "hopper"):
@@ -175,7 +175,7 @@ def shapes_of(section: str, target: Target) -> tuple[list[AnyShape], list[AnySha
 
 
 def units(wanted: set[str], providers: Providers, target: Target, out: Path) -> list[Unit]:
-    """The work in the order of its weight: what a run that is cut short must have is first."""
+    """The work in order of importance: what even a run that is cut short must have comes first."""
     modes = tuple(mode for mode in TRAINING if mode in wanted)
     plans = {
         "mainloop": target.plan("mainloop", PRODUCTS),
@@ -221,7 +221,7 @@ def _layer_unit(shape: AnyShape, plan: Plan, providers: Providers) -> Unit:
 
 
 def _tile_unit(product: str, shape: Shape, plan: Plan, target: Target) -> Unit:
-    # A candidate is measured to be sorted, not to be reported: by the first timer alone.
+    # Candidates are measured to be ranked, not reported: the first timer is enough.
     plan = replace(plan, timers=plan.timers[:1])
     few = (3, False) if target.dry else ()
     return Unit(f"tiles {product} {shape}", lambda: tiles.measure_tiles(product, shape, plan, *few))
@@ -242,7 +242,7 @@ def _product_unit(shape: Shape, plan: Plan, tests: Callable[[], str] = lambda: O
 
 
 def proof(stamp: Environment, tests: list[str]) -> dict[str, object]:
-    """What a green run of the tests is valid for."""
+    """What the outcome of a test run is valid for."""
     return {
         "source": source_digest(),
         "device": stamp.device,
@@ -258,7 +258,7 @@ _testing: list[subprocess.Popen] = []
 def run_tests(arguments: list[str], log: Path, seconds: float, processes: int = 1) -> str:
     """OK, or what is wrong: a failure, no test that passed, or no end within ``seconds``.
 
-    ``processes``: that share the tests (tests/conftest.py deals them out): compiling is most of their time.
+    ``processes``: how many share the tests (tests/conftest.py distributes them), as most time is compilation.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -289,12 +289,12 @@ def run_tests(arguments: list[str], log: Path, seconds: float, processes: int = 
                 hung += 1
         _testing.clear()
         outputs = [(folder / f"{part}.log").read_text(encoding="utf-8") for part in range(processes)]
-        # Those of processes that failed last, where the end of the log is printed.
+        # Failed processes last, because it is the end of the log that is printed.
         order = sorted(range(processes), key=lambda part: running[part].returncode not in (0, NO_TESTS))
         log.write_text("".join(outputs[part] for part in order), encoding="utf-8")
         if hung:
             return f"the tests did not end within {seconds:.0f} s"
-        # A part may be empty, all of them not.
+        # A part may have no tests, but not all of them.
         ended = [status for status in statuses if status != NO_TESTS] or [NO_TESTS]
         if failed := next(filter(None, ended), 0):
             return f"pytest ended with status {failed}"
@@ -308,13 +308,13 @@ def run_tests(arguments: list[str], log: Path, seconds: float, processes: int = 
 
 
 def check_providers(providers: Providers, target: Target) -> list[Row]:
-    """The status of each provider but torch.compile on the check shapes, nothing timed."""
+    """The status of each provider except torch.compile on the check shapes; nothing is timed."""
     shapes, groups = (TINY_SHAPES, TINY_GROUP_SHAPES) if target.dry else (CHECK_SHAPES, CHECK_GROUPS)
     dtypes = (target.dtype,) if target.dry else (torch.bfloat16, torch.float16)
     cases = [(shape, dropout) for shape in shapes for dropout in (0.0, 0.1)]
     rows = []
     for shape, dropout in (*cases, *((group, 0.0) for group in groups)):
-        # float16 takes the same paths; a kernel is compiled for it anew.
+        # float16 takes the same paths, but every kernel is compiled again for it: one shape is enough.
         for dtype in dtypes if shape in shapes[-1:] else dtypes[:1]:
             plan = target.plan("correctness", (), dtype=dtype, bias=True, dropout=dropout)
             make = KINDS[type(shape)].make
@@ -326,7 +326,7 @@ def check_providers(providers: Providers, target: Target) -> list[Row]:
 
 
 def wrong_rows(rows: list[Row]) -> list[Row]:
-    """The rows of fastlora and its kernels that failed; a rival's is reported and not timed, no more."""
+    """The failed rows of fastlora and its kernels; a rival that fails is only reported and not timed."""
     fine, ours = (OK, "unavailable"), ("fastlora", "triton", "hopper", "blas-triton")
     return [row for row in rows if row.provider.startswith(ours) and not row.status.startswith(fine)]
 
@@ -334,9 +334,9 @@ def wrong_rows(rows: list[Row]) -> list[Row]:
 def correctness(
     out: Path, proof_file: Path, providers: Providers, target: Target, stamp, tests, seconds, anyway
 ) -> str:
-    """OK, or why nothing may be timed. An earlier call's proof is taken where it still holds.
+    """OK, or why nothing may be timed. An earlier call's proof is reused while it is valid.
 
-    ``anyway``: that of a failure too, instead of running the tests again.
+    ``anyway``: reuse a proof of failure too, instead of running the tests again.
     """
     valid_for = proof(stamp, tests)
     earlier = json.loads(proof_file.read_text()) if proof_file.exists() else {}
@@ -374,7 +374,7 @@ def _correctness(out: Path, providers: Providers, target: Target, stamp, tests, 
 
 @dataclass
 class Progress:
-    """What a run has so far, so that one that hangs can be told of too."""
+    """What a run has so far, so that even one that hangs can be reported."""
 
     summary: dict[str, object] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -382,7 +382,7 @@ class Progress:
     left_out: list[str] = field(default_factory=list)
 
     def report(self, out: Path, timers: tuple[str, ...] | None) -> None:
-        """Writes summary.json and prints the tables."""
+        """Write summary.json and print the tables."""
         wrong = self.wrong + [
             f"{r.provider} M{r.M}-N{r.N}-K{r.K}-R{r.R} {r.mode}: {r.status}" for r in wrong_rows(self.rows)
         ]
@@ -402,7 +402,7 @@ class Progress:
 
 
 def run_units(work: list[Unit], budget: Budget, writer: CsvWriter, progress: Progress, device) -> None:
-    """Measures what the budget allows, writing each unit's rows at once."""
+    """Measure what the budget allows, writing each unit's rows immediately."""
     progress.left_out = budget.left_out
     for unit in work:
 
@@ -430,7 +430,7 @@ def run_units(work: list[Unit], budget: Budget, writer: CsvWriter, progress: Pro
 
 
 def pictures(rows: list[Row], stamp: Environment, out: Path) -> None:
-    """The pictures of PICTURES that there are rows for; without matplotlib a line that says so."""
+    """Draw those of PICTURES that there are rows for; without matplotlib, print a line that says so."""
     try:
         for name, sections in PICTURES.items():
             draw([row for row in rows if row.section in sections], str(stamp), out / f"{name}.png")
@@ -439,7 +439,7 @@ def pictures(rows: list[Row], stamp: Environment, out: Path) -> None:
 
 
 def watchdog(seconds: float, report: Callable[[], None] = lambda: None) -> threading.Timer:
-    """Ends the process with status 3 after ``seconds``: a hung kernel cannot be interrupted otherwise."""
+    """End the process with status 3 after ``seconds``: there is no other way to interrupt a hung kernel."""
 
     def stop() -> None:
         try:
@@ -449,7 +449,7 @@ def watchdog(seconds: float, report: Callable[[], None] = lambda: None) -> threa
                 "stopped: the last measurement did not end; gpu.csv has what was measured before it",
                 flush=True,
             )
-            # Which would hold the output open, or the GPU.
+            # Otherwise, these would keep the output open or hold the GPU.
             for child in multiprocessing.active_children():
                 child.kill()
             for process in _testing:

@@ -1,7 +1,7 @@
-"""Layers that share their input, as q/k/v and gate/up do: what bench_group compares.
+"""What bench_group compares: layers that share their input, as q/k/v and gate/up do.
 
-Separate layers are those of providers.py, one for each branch; their gradients of x are then added by
-autograd. The floor is the separate frozen linears.
+Separate layers are those of providers.py, one per branch; autograd then adds their gradients of x. The floor
+is the separate frozen linears.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GroupProblem:
-    """Branches of one x; y and dy are tuples with an entry for each branch."""
+    """Branches that share one x; y and dy are tuples with one entry per branch."""
 
     fewest_sets: ClassVar[int] = 2
     dropout: ClassVar[float] = 0.0
@@ -104,7 +104,7 @@ def make_group_problem(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> GroupProblem:
-    """Random weights of each branch and one random batch; ValueError for dropout, which has no benchmark."""
+    """Random weights for each branch and one random batch; ValueError for dropout, which has no benchmark."""
     if dropout:
         raise ValueError(f"dropout {dropout}: groups are measured without it")
     normal = drawing(dtype, device, seed)
@@ -121,7 +121,7 @@ def make_group_problem(
                 bias=normal(N) if bias else None,
                 A=normal(N, R, scale=R**-0.5),
                 B=normal(R, K, scale=K**-0.5),
-                # Of another size for each, so that mixed-up branches are seen.
+                # Different for each branch, so that mixing up branches is detected.
                 alpha=1.5 / (i + 1),
             )
             for i, N in enumerate(shape.widths)
@@ -130,14 +130,14 @@ def make_group_problem(
 
 
 def joined(layers: Sequence[Layer]) -> Layer:
-    """The layers on one x, their adapters one after the other."""
+    """The layers applied to one x, with their adapters concatenated."""
     calls = [layer.call for layer in layers]
     adapters = tuple(adapter for layer in layers for adapter in layer.adapters)
     return Layer(lambda x: tuple(call(x) for call in calls), adapters)
 
 
 def _separate(name: str, what: str, source: str | None = None) -> Provider:
-    """The provider ``source`` (``name`` without one) of providers.py, once for each branch."""
+    """The provider ``source`` of providers.py (by default ``name``), once per branch."""
     single = PROVIDERS[source or name]
 
     def build(problem: GroupProblem) -> Layer:
@@ -180,7 +180,7 @@ def _build_group(
 
 
 def _build_qkv(problem: GroupProblem, *, module: str) -> Layer:
-    """apply_lora_qkv, which Unsloth and Axolotl have alike, on PEFT's layers."""
+    """apply_lora_qkv, which Unsloth and Axolotl both have, on PEFT's layers."""
     if len(problem.branches) != 3 or problem.branches[0].bias is not None:
         raise Unavailable("apply_lora_qkv takes three layers without bias")
     apply_lora_qkv: Callable = import_or_say_why(module, "apply_lora_qkv")
@@ -191,7 +191,7 @@ def _build_qkv(problem: GroupProblem, *, module: str) -> Layer:
     )
 
     def call(x: Tensor) -> tuple[Tensor, ...]:
-        # By default it writes dx over x, which is a leaf here.
+        # By default, it overwrites x with dx, but x is a leaf here.
         return tuple(y.squeeze(0) for y in apply_lora_qkv(holder, x.unsqueeze(0), inplace=False))
 
     return Layer(call, adapters)

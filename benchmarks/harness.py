@@ -1,8 +1,8 @@
 """What the pytest benchmarks share: options, one measurement for all tests of a shape, and its reports.
 
-pytest-benchmark times one test after another; here the providers of a shape have to take turns. So the
-first test of a shape measures all of them, and each test then hands its own samples to pytest-benchmark,
-which keeps and prints them: its timer is a clock that replays the recorded times.
+pytest-benchmark times one test after another, but here the providers of a shape have to take turns. The first
+test of a shape therefore measures all of them. Each test then hands its own samples to pytest-benchmark,
+which stores and prints them: its timer is a clock that replays the recorded times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tables import KINDS, select
 
 
 class ReplayClock:
-    """A clock that stands still but for :meth:`advance`, which moves it by the next recorded time."""
+    """A clock that moves only by :meth:`advance`, each time by the next recorded time."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -44,10 +44,10 @@ REPLAY = ReplayClock()
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One file of benchmarks: its section, the type of its shapes, and what it measures unless told.
+    """One file of benchmarks: its section, the type of its shapes, and what it measures by default.
 
-    seconds: to spend on timing all shapes. cpu_bias: whether the layers of the CPU's list have biases.
-    table: what is printed of the rows.
+    seconds: time to spend on timing all shapes. cpu_bias: whether the layers in the CPU's list have biases.
+    table: makes the table that is printed from the rows.
     """
 
     section: str
@@ -61,7 +61,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line asks one benchmark to measure: the modes of each shape among it."""
+    """What the command line asks one benchmark to measure, including the modes of each shape."""
 
     plan: Plan
     providers: list[Provider]
@@ -70,7 +70,7 @@ class Choice:
 
 
 def asked_shapes(config: pytest.Config) -> list[AnyShape]:
-    """The shapes of --bench-shape; UsageError for a text that is none."""
+    """The shapes of --bench-shape; UsageError for a text that is not a shape."""
     try:
         return [parse(text) for text in config.option.bench_shape or ()]
     except ValueError as error:
@@ -78,7 +78,7 @@ def asked_shapes(config: pytest.Config) -> list[AnyShape]:
 
 
 def choice(config: pytest.Config, benchmark: Benchmark) -> Choice:
-    """UsageError for a provider, mode or dtype that does not exist."""
+    """What to measure; UsageError for a provider, mode or dtype that does not exist."""
     option = config.option
     device = torch.device(option.bench_device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
@@ -109,7 +109,7 @@ def choice(config: pytest.Config, benchmark: Benchmark) -> Choice:
 
 
 def parametrize(metafunc: pytest.Metafunc, benchmark: Benchmark) -> None:
-    """A test for each shape, mode and provider."""
+    """Generate a test for each shape, mode and provider."""
     chosen = choice(metafunc.config, benchmark)
     cases = [
         (shape, mode, provider.name)
@@ -123,7 +123,7 @@ def parametrize(metafunc: pytest.Metafunc, benchmark: Benchmark) -> None:
 
 
 class Session:
-    """Measures each shape of a benchmark once and collects what was measured."""
+    """Measures each shape of a benchmark once and collects the measurements."""
 
     def __init__(self, config: pytest.Config, benchmark: Benchmark) -> None:
         self._config = config
@@ -140,16 +140,16 @@ class Session:
         return self._measured[shape]
 
     def report(self, shape: AnyShape, mode: str, provider: str, request: pytest.FixtureRequest) -> None:
-        """Fails if fastlora is wrong on this shape, skips a rival that is; else reports its times."""
+        """Fail if fastlora is wrong on this shape, skip a rival that is wrong, otherwise report the times."""
         measurement = self.measurement(shape)
         row = next(row for row in measurement.rows if (row.mode, row.provider) == (mode, provider))
         if row.status.startswith("unavailable"):
             pytest.skip(f"{provider} {row.status}")
         if row.status != OK and not provider.startswith("fastlora"):
-            pytest.skip(f"{provider} {row.status}")  # a rival that is wrong is not timed, and blocks nothing
+            pytest.skip(f"{provider} {row.status}")  # a wrong rival is not timed, but does not fail the run
         assert row.status == OK, f"{provider} on {shape}: {row.status}"
         seconds = measurement.timings[mode, row.timer, provider].seconds
-        # Asked for only now: pytest-benchmark warns of a test that takes its fixture and does not use it.
+        # Requested only now: pytest-benchmark warns about a test that takes its fixture but does not use it.
         benchmark = request.getfixturevalue("benchmark")
         benchmark.group = f"{shape} {mode} {row.dtype}"
         benchmark.extra_info.update(
@@ -159,7 +159,7 @@ class Session:
         benchmark.pedantic(REPLAY.advance, rounds=len(seconds))
 
     def write(self) -> list[str]:
-        """Writes the section's CSV and picture; what to print at the session's end."""
+        """Write the section's CSV and picture; return what to print at the end of the session."""
         rows = [row for measurement in self._measured.values() for row in measurement.rows]
         stamp = environment(self._choice.plan.device)
         csv_path = self._config.option.bench_out / f"{self._benchmark.section}.csv"

@@ -1,4 +1,4 @@
-"""Checks and times all providers on one shape: what the pytest benchmarks and the GPU script both run."""
+"""Checks and times all providers on one shape; shared by the pytest benchmarks and the GPU script."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CLOCKS: dict[str, type[Clock]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How to measure a shape: modes and timers, dtype and device, and about how long to time each mode."""
+    """How to measure a shape: modes, timers, dtype, device, and roughly how long to time each mode."""
 
     section: str
     modes: tuple[str, ...]
@@ -77,7 +77,7 @@ def measure(
     plan: Plan,
     make: Callable[..., AnyProblem] = make_problem,
 ) -> Measurement:
-    """Builds, checks, then times the providers on ``shape``, in turns within each mode and timer.
+    """Build, check, then time the providers on ``shape``, alternating within each mode and timer.
 
     A provider that is unavailable, raises, or fails its check gets a row that says so and is not timed.
     ``make``: makes the problem of a shape, with the arguments of :func:`problem.make_problem`.
@@ -129,7 +129,7 @@ def measure(
 
 
 def _problems(shape: AnyShape, plan: Plan, make: Callable[..., AnyProblem]) -> list[AnyProblem]:
-    """As many problems as it takes that none stays in the cache while the others have their turn."""
+    """Enough problems that none stays in the cache while the others have their turn."""
 
     def problem(seed: int) -> AnyProblem:
         return make(shape, plan.dtype, plan.device, bias=plan.bias, dropout=plan.dropout, seed=seed)
@@ -174,7 +174,7 @@ def _checked_layers(
         status = checks.status(provider)
         if status == OK:
             layers[provider.name] = []
-            # More tokens than in the check may be too many for it.
+            # The provider may fail here with more tokens than in the check.
             status = _status(partial(_build, provider, problems, layers[provider.name]))
         if status != OK:
             layers.pop(provider.name, None)
@@ -187,7 +187,7 @@ def _build(provider: Provider, problems: Sequence[AnyProblem], layers: list[Laye
 
 
 class Checks:
-    """Says of providers whether they are right on one problem."""
+    """Determines whether providers are right on one problem."""
 
     def __init__(self, problem: AnyProblem) -> None:
         self._problem = problem
@@ -220,13 +220,13 @@ class Checks:
 
 
 def _status(attempt: Callable[[], list[str] | None]) -> str:
-    """OK, what the attempt says is wrong, or why it could not be made."""
+    """OK, what the attempt found wrong, or why it failed."""
     try:
         wrong = attempt()
     except Unavailable as reason:
         return f"unavailable: {reason}"
     except Exception as failure:
-        # Whatever another library raises ends up in its row; its place in the code helps to see why.
+        # Whatever another library raises ends up in its row; where it was raised helps to explain it.
         where = traceback.extract_tb(failure.__traceback__)[-1]
         return f"error: {one_line(failure)} ({where.name}, line {where.lineno})"
     return f"check failed: {'; '.join(wrong)}" if wrong else OK
@@ -260,11 +260,11 @@ def _path(name: str, problem: AnyProblem) -> str:
 def _timed(
     layers: dict[str, list[Layer]], problems: Sequence[AnyProblem], mode: str, timer: str, plan: Plan
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Timings by provider, and why for each that could not be timed in this mode."""
+    """Timings by provider, and the reason for each provider that could not be timed in this mode."""
     functions, failed = {}, {}
     stream = torch.cuda.Stream() if timer == "graph" else None
     if stream is not None:
-        gc.collect()  # An old graph of x would tie the capture to the stream that it was made on.
+        gc.collect()  # An old autograd graph of x would tie the capture to the stream it was made on.
     for name, built in layers.items():
         try:
             function = _prepared(built, problems, mode, stream)
@@ -283,7 +283,7 @@ def _timed(
                 min_sample=plan.min_sample,
             )
         except Exception:
-            # One that breaks after its check costs its own row, not those of the others.
+            # A provider that breaks after its check loses its own row, not those of the others.
             broken = raising(functions, plan.device)
             if not broken or not device_works(plan.device):
                 raise
@@ -296,7 +296,7 @@ def _timed(
 
 
 def raising(functions: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Exception]:
-    """What each of the functions raises that does not bear a few more calls."""
+    """The exceptions of those functions that fail within a few more calls."""
     found = {}
     for name, function in functions.items():
         try:
@@ -310,7 +310,7 @@ def raising(functions: Mapping[str, Callable[[], object]], device: torch.device)
 
 
 def device_works(device: torch.device) -> bool:
-    """Whether the device still computes; after an illegal access each call on a GPU fails."""
+    """Whether the device still computes; after an illegal memory access, every call on a GPU fails."""
     if device.type != "cuda":
         return True
     try:
@@ -323,11 +323,11 @@ def device_works(device: torch.device) -> bool:
 def _prepared(
     built: list[Layer], problems: Sequence[AnyProblem], mode: str, stream: torch.cuda.Stream | None
 ):
-    """One function that runs all input sets: a graph replay if there is a stream, else plain calls."""
+    """One function that runs all input sets: a graph replay if a stream is given, else plain calls."""
     if stream is None:
         return in_turn(step(layer, problem, mode) for layer, problem in zip(built, problems, strict=True))
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # The kept forward of mode "backward" has to run on the stream that its backward is captured on.
+        # The kept forward of mode "backward" has to run on the stream on which its backward is captured.
         steps = [step(layer, problem, mode) for layer, problem in zip(built, problems, strict=True)]
     return captured(in_turn(steps), stream)

@@ -1,7 +1,7 @@
-"""A decoder layer with adapters on all of its seven linear layers: what bench_model compares.
+"""What bench_model compares: a decoder layer with adapters on all of its seven linear layers.
 
-The layer is transformers' own, of Llama 3's proportions, with random weights; every provider has a copy of
-its modules around the same frozen weights, and the same adapters, none of them zero.
+The layer is transformers' own, with Llama 3's proportions and random weights. Every provider has its own copy
+of the modules around the same frozen weights, and the same adapters, none of them zero.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from providers import FLOOR, Provider, first_line, import_or_say_why, same_as_ba
 from shapes import ModelShape
 from torch import Tensor, nn
 
-# Providers are checked on one sequence of at most so many tokens: float64 takes its time, and its memory.
+# Providers are checked on one sequence of at most this many tokens, as float64 is slow and takes much memory.
 CHECK_TOKENS = 256
-# The kernel of transformers' attention that every provider uses.
+# The attention implementation of transformers that every provider uses.
 ATTENTION = "sdpa"
 
 
 @dataclass(frozen=True)
 class ModelProblem:
-    """A frozen decoder layer, its adapters (A, B) by the layers' paths, and one batch.
+    """A frozen decoder layer, its adapters (A, B) by layer path, and one batch.
 
-    x, dy: (batch, sequence, hidden). rotary: cosines and sines, (1, sequence, head size).
+    x, dy: (batch, sequence, hidden). rotary: cosines and sines, each (1, sequence, head size).
     """
 
     fewest_sets: ClassVar[int] = 1  # One layer of a large model is larger than the cache.
@@ -80,7 +80,7 @@ class ModelProblem:
         return make_model_problem(self.shape, self.dtype, self.device, seed=seed)
 
     def copy(self) -> nn.Module:
-        """The layer's modules anew, around the same parameters."""
+        """A copy of the layer's modules around the same parameters."""
         return copy.deepcopy(self.layer, {id(p): p for p in self.layer.parameters()})
 
     def called(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -90,7 +90,7 @@ class ModelProblem:
         whole = copy.deepcopy(self.layer).double()
         for name, module in list(whole.named_children()):
             if name.endswith("layernorm"):
-                # That of transformers computes in float32 at the most.
+                # transformers' own norm computes in float32 at most.
                 norm = nn.RMSNorm(self.shape.hidden, eps=module.variance_epsilon, device="meta")
                 norm.weight = module.weight
                 setattr(whole, name, norm)
@@ -119,7 +119,7 @@ class ModelProblem:
         return Layer(self.called(layer), tuple(leaves))
 
     def path(self, name: str, adapter_dtype: torch.dtype) -> str:
-        return ""  # Each of the seven layers has its own.
+        return ""  # Each of the seven layers has its own path.
 
 
 def make_model_problem(
@@ -133,7 +133,7 @@ def make_model_problem(
 ) -> ModelProblem:
     """Random weights and a random batch; Unavailable without transformers.
 
-    ValueError for biases and dropout, which Llama's layers do not have.
+    ValueError for bias or dropout, which Llama's layers do not have.
     """
     if bias or dropout:
         raise ValueError(f"bias {bias}, dropout {dropout}: the decoder layer has neither")
@@ -156,7 +156,7 @@ def make_model_problem(
         if isinstance(child, nn.Linear):
             N, K = child.weight.shape
             child.weight = nn.Parameter(normal(N, K, scale=K**-0.5), requires_grad=False)
-            # The update about as large as the frozen product: an error in it is an error in y.
+            # The update is about as large as the frozen product, so that an error in it shows in y.
             adapters[path] = (normal(N, shape.R, scale=shape.R**-0.5), normal(shape.R, K, scale=K**-0.5))
         elif hasattr(child, "variance_epsilon"):
             child.weight = nn.Parameter(1.0 + normal(shape.hidden, scale=0.1), requires_grad=False)
@@ -178,7 +178,7 @@ def _build_frozen(problem: ModelProblem) -> Layer:
 
 
 def _in_peft(problem: ModelProblem, *, cast_adapters: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A copy of the layer, wrapped by PEFT, and its leaves."""
+    """A copy of the layer wrapped by PEFT, and its leaves."""
     if not cast_adapters:
         same_as_base(problem, torch.float32, "peft")
     layer = problem.copy()
@@ -194,7 +194,7 @@ def _build_compile(problem: ModelProblem) -> Layer:
     """Compiled for the problem's own shape: dynamic sizes would be a handicap."""
     layer, leaves = _in_peft(problem, cast_adapters=True)
     torch._dynamo.reset()
-    # Donated buffers forbid retain_graph, which timing the backward alone needs.
+    # Donated buffers forbid retain_graph, which is needed to time the backward pass alone.
     torch._functorch.config.donated_buffer = False
     call = problem.called(torch.compile(layer, dynamic=False))
     try:
@@ -205,7 +205,7 @@ def _build_compile(problem: ModelProblem) -> Layer:
 
 
 def _build_fastlora(problem: ModelProblem, *, from_peft: bool = False, groups: bool = False) -> Layer:
-    """apply_lora, or PEFT's layer (default float32 adapters) through fuse_peft; ``groups``: grouped too."""
+    """apply_lora, or PEFT's layer (default float32 adapters) with fuse_peft; ``groups``: also grouped."""
     if from_peft:
         layer, leaves = _in_peft(problem, cast_adapters=True)
         import_or_say_why("fastlora", "fuse_peft")(layer)
@@ -239,7 +239,7 @@ def _attention(
 
 
 def _build_library(problem: ModelProblem, *, module: str) -> Layer:
-    """apply_lora_qkv, _o and _mlp_swiglu, which Unsloth and Axolotl have alike, on PEFT's layers."""
+    """apply_lora_qkv, _o and _mlp_swiglu, which Unsloth and Axolotl both have, on PEFT's layers."""
     qkv, o, mlp = (import_or_say_why(module, f"apply_lora_{name}") for name in ("qkv", "o", "mlp_swiglu"))
     layer, leaves = _in_peft(problem, cast_adapters=False)
     layer.self_attn.forward = functools.partial(_attention, layer.self_attn, qkv, o)

@@ -1,4 +1,4 @@
-"""Draws a results file: each provider's ratio to the frozen linear against the shapes, a panel a mode.
+"""Draws a results file: each provider's ratio to the frozen linear over the shapes, one panel per mode.
 
 python benchmarks/plot.py RESULTS.csv PICTURE.png [--mode both] [--rank 16] [--providers peft fastlora]
 """
@@ -31,7 +31,7 @@ def _panel(axes, rows: Sequence[Row], providers: Sequence[str]) -> None:
             [max(0.0, r.ratio - r.ratio_low) for r in found],
             [max(0.0, r.ratio_high - r.ratio) for r in found],
         ]
-        # Neighbouring providers are moved apart a little, so that equal ratios stay visible.
+        # Providers are shifted slightly against each other, so that equal ratios stay visible.
         shift = 0.6 * (index / max(1, len(providers) - 1) - 0.5)
         axes.errorbar(
             [x + shift for x in xs],
@@ -57,9 +57,9 @@ def _panel(axes, rows: Sequence[Row], providers: Sequence[str]) -> None:
 
 
 def draw(rows: Sequence[Row], stamp: str, path: Path) -> bool:
-    """Writes the picture of all rows that have a ratio; False, and no file, if none has.
+    """Write the picture of all rows that have a ratio; False, and no file, if there are none.
 
-    Raises ImportError where matplotlib is not installed.
+    Raises ImportError if matplotlib is not installed.
     """
     import matplotlib
 
@@ -70,7 +70,7 @@ def draw(rows: Sequence[Row], stamp: str, path: Path) -> bool:
     if not rows:
         return False
     panels = list(dict.fromkeys((row.section, row.mode, row.timer) for row in rows))
-    # The floor itself is the line at 1.
+    # The floor itself is drawn as the line at 1.
     providers = [name for name in dict.fromkeys(row.provider for row in rows) if name != "frozen"]
     width = max(7.0, 0.45 * len(_shapes(rows)) + 3.0)
     figure, axes = pyplot.subplots(

@@ -1,10 +1,10 @@
-"""The products of a layer, each as its Triton kernel against the BLAS call that it has to beat.
+"""The products of a layer: for each, its Triton kernel against the BLAS call that it has to beat.
 
-y and dx appear with the rank-R update and without it (rank 0): the second shows what the main loop alone is
-worth, and is the gate of everything else. The BLAS call of y and dx is the frozen product in both. For at
-most 16 tokens y has the kernel that makes h too. "g+dA" is both in one launch, against two of each kind, and
-"dx+dropout" the dx of training with dropout: in one launch, and as the BLAS call and the kernel that adds the
-dropped update, against the BLAS call without any.
+y and dx are measured with the rank-R update and without it (rank 0). The latter shows how good the main loop
+alone is, on which everything else depends. In both cases, their BLAS call is the frozen product. For at most
+16 tokens, y also has the kernel that computes h as well. "g+dA" computes both in one launch, against two
+kernels and two BLAS calls. "dx+dropout" is the dx of training with dropout: in one launch, and as the BLAS
+call plus the kernel that adds the update with dropout, against the BLAS call without an update.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ BLAS_AND_UPDATE = "blas-triton-update"
 
 @dataclass(frozen=True)
 class Product:
-    """One product of one problem: its BLAS form, its kernels by name, and its float64 value for each name.
+    """One product of one problem: its BLAS form, its kernels by name, and the float64 value for each name.
 
-    A tuple where there is more than one result.
+    Products with more than one result use tuples.
     """
 
     blas: Callable[[], Tensor | tuple[Tensor, ...]]
@@ -44,17 +44,17 @@ class Product:
     exact: dict[str, Tensor | tuple[Tensor, ...]]
 
 
-# Name of a product and its shipped configuration, None where it has none -> what to launch, by name.
+# Name of a product, its shipped configuration (None if it has none) -> the configurations to launch, by name.
 Tiles = Callable[[str, object], Mapping[str, object]]
 
 
 def products(
     problem: Problem, with_hopper: bool = False, tiles: Tiles | None = None
 ) -> dict[str, Callable[[], Product]]:
-    """Each product of a layer by name; made when called, so that few live at a time.
+    """Each product of a layer by name; made when called, so that few exist at a time.
 
-    ``with_hopper``: the warp-specialised loop beside the classic one, on sm_90. ``tiles``: the configurations
-    of each kernel, in place of all that is measured otherwise.
+    ``with_hopper``: on sm_90, also the warp-specialised loop. ``tiles``: the configurations of each kernel to
+    measure instead of everything else.
     """
     from fastlora import masks, reference
     from fastlora.device import describe
@@ -70,7 +70,7 @@ def products(
 
     p, s = problem, problem.shape
     planned = Planned(describe(p.device), p.dtype, s.M, s.N, s.K, s.R)
-    make_plan(planned, "triton")  # raises where the kernels cannot run
+    make_plan(planned, "triton")  # raises if the kernels cannot run
     config = {name: kernel_step(planned, name).config for name in ("h", "y", "g", "dx", "dA", "dB")}
     x = p.x.detach()
     h, g = x @ p.B.t(), p.dy @ p.A
@@ -93,7 +93,7 @@ def products(
         )
         if tiles is not None:
             return product
-        # Rank 0: the same kernel and tiles, its loop over the ranks empty.
+        # Rank 0: the same kernel and tiles, but the loop over the ranks is empty.
         product.kernels[UPDATE_OFF] = partial(gemm, rows, right, u[:, :0], v[:0], p.alpha, config[name])
         product.exact[UPDATE_OFF] = base
         if with_hopper and planned.device.capability == 90 and s.M >= 128:
@@ -101,7 +101,7 @@ def products(
         return product
 
     def forward() -> Product:
-        """The kernel that makes h and y, where the tokens are few enough for it."""
+        """The kernel that computes h and y, if the tokens are few enough for it."""
         one = small_config(planned)
         named = {} if one is None else launched("forward", one) if tiles else {ONE_LAUNCH: one}
         right = p.weight.t()
@@ -145,7 +145,7 @@ def products(
         )
 
     def dropped() -> Product:
-        """Never swept: tune weighs its two forms."""
+        """dx with dropout. Its tiles are never swept: tune compares its two forms."""
         one = kernel_step(replace(planned, dropout=True), "dx").config
         update = select_update(s.R)
         seed = torch.zeros(1, dtype=torch.int64, device=p.dy.device)
@@ -178,7 +178,7 @@ def products(
 def _add_hopper(
     product: Product, rows: Tensor, right: Tensor, u: Tensor, v: Tensor, alpha: float, whole
 ) -> None:
-    """The warp-specialised loop beside the classic one, with the update and without it."""
+    """Add the warp-specialised loop to the product, with and without the update."""
     from fastlora.kernels import configs, hopper
 
     by_rows = right.stride(1) == 1
@@ -192,7 +192,7 @@ def _add_hopper(
 
 
 def failures(product: Product, device: torch.device) -> dict[str, str]:
-    """What is wrong with each kernel: its error may be twice that of the BLAS call, plus 1e-6."""
+    """What is wrong with each kernel; its error may be at most twice that of the BLAS call, plus 1e-6."""
     allowed = _errors(product.blas(), product.exact[FLOOR])
     wrong = {}
     for name, kernel in product.kernels.items():
@@ -219,9 +219,9 @@ def _errors(results: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Tensor, 
 
 
 def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Measurement:
-    """Checks, then times the kernels of each product of ``plan.modes`` in turns with its BLAS call.
+    """Check the kernels of each product of ``plan.modes``, then time them alternating with its BLAS call.
 
-    Where the kernels cannot run, the rows say why. ``tiles``: as in :func:`products`.
+    If the kernels cannot run, the rows say why. ``tiles``: as in :func:`products`.
     """
     bytes_per_set = plan.dtype.itemsize * least_read(shape.M, shape.N, shape.K)
     problems = [

@@ -1,7 +1,7 @@
 """What a provider is given and what it has to compute: one LoRA layer and one batch.
 
-A provider builds a :class:`Layer` from a problem's weights, without copying the frozen ones; forward,
-backward, both and a training step are then made here in the same way for all of them.
+A provider builds a :class:`Layer` from a problem's weights, without copying the frozen ones. Forward,
+backward, both and a training step are then built here in the same way for all providers.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ MODES = ("forward", "backward", "both", "step", "inference")
 
 
 class Unavailable(Exception):
-    """A provider cannot run here or cannot take this problem; the message says why."""
+    """A provider cannot run here or cannot handle this problem; the message says why."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A built layer: ``call`` maps x to y; ``adapters`` are its leaves, none for the frozen layer."""
+    """A built layer: ``call`` maps x to y; ``adapters`` are its leaves, empty for the frozen layer."""
 
     call: Callable[[Tensor], Tensor | tuple[Tensor, ...]]
     adapters: tuple[Tensor, ...] = ()
 
 
 class AnyProblem(Protocol):
-    """What check.py and measure.py ask of a problem: one layer, a group of layers, or a decoder layer.
+    """What check.py and measure.py need of a problem: one layer, a group of layers, or a decoder layer.
 
-    x: (..., K) and dy, of y's shape; a tuple for a layer with several results. ``names``: of y, dx and the
-    gradients of the adapters, in their order. ``frozen``: the tensors that live on beside x and the adapters.
-    ``elements``: of all tensors that one step touches. ``fewest_sets``: to rotate over on a GPU.
+    x: (..., K). dy: the shape of y; a tuple if there are several results. ``names``: of y, dx and the adapter
+    gradients, in this order. ``frozen``: the tensors that stay allocated, besides x and the adapters.
+    ``elements``: the number in all tensors that one step touches. ``fewest_sets``: the minimum number of
+    input sets to rotate over on a GPU.
     """
 
     fewest_sets: ClassVar[int]
@@ -59,26 +60,26 @@ class AnyProblem(Protocol):
 
     @property
     def checked(self) -> AnyProblem:
-        """The problem that providers are checked on: itself, or the same weights and fewer tokens."""
+        """The problem on which providers are checked: itself, or the same weights with fewer tokens."""
 
     def redrawn(self, seed: int) -> AnyProblem:
         """Other random values of the same shape."""
 
     def exact(self, *, frozen: bool = False, keep: Tensor | None = None) -> dict[str, Tensor]:
-        """Every result by name in float64; ``frozen``: y and dx of the frozen layer alone.
+        """Every result by name in float64; ``frozen``: only y and dx of the frozen layer.
 
-        ``keep``: dropout's mask, bool (M, K); none without it.
+        ``keep``: the dropout mask, bool (M, K); None for no dropout.
         """
 
     def eager(self, dtype: torch.dtype, form: str, keep: Tensor | None = None) -> Layer:
         """Eager PyTorch with adapters of ``dtype``; ``form``: "plain", "peft" or "autocast"."""
 
     def path(self, name: str, adapter_dtype: torch.dtype) -> str:
-        """What fastlora's planner chooses for the provider ``name``; "" where there is no one path."""
+        """What fastlora's planner chooses for the provider ``name``; "" if there is no single path."""
 
 
 def dropped(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    """x where ``keep`` is True, over 1 - dropout, else 0; x itself without a mask."""
+    """x / (1 - dropout) where ``keep`` is True, else 0; x itself without a mask."""
     return x if keep is None else torch.where(keep, x * (1.0 / (1.0 - dropout)), x.new_zeros(()))
 
 
@@ -86,7 +87,7 @@ def dropped(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
 class Problem:
     """The weights of one layer and one batch, the same for every provider.
 
-    x: (M, K), dy: (M, N), weight: (N, K), bias: (N,) or None, A: (N, R), B: (R, K); all of one dtype.
+    x: (M, K), dy: (M, N), weight: (N, K), bias: (N,) or None, A: (N, R), B: (R, K); all with the same dtype.
     """
 
     names: ClassVar[tuple[str, ...]] = ("y", "dx", "dA", "dB")
@@ -162,7 +163,7 @@ class Problem:
 def make_problem(
     shape: Shape, dtype: torch.dtype, device: torch.device, *, bias: bool, dropout: float = 0.0, seed: int = 0
 ) -> Problem:
-    """Random weights and a random batch; A is not zero, as if training had gone on for a while."""
+    """Random weights and a random batch; A is not zero, as after some training."""
     normal = drawing(dtype, device, seed)
     M, N, K, R = shape.M, shape.N, shape.K, shape.R
     return Problem(
@@ -179,7 +180,7 @@ def make_problem(
 
 
 def drawing(dtype: torch.dtype, device: torch.device, seed: int) -> Callable[..., Tensor]:
-    """normal(*size, scale=1.0): one random tensor after the other."""
+    """A function normal(*size, scale=1.0) that returns a new random tensor at each call."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -212,10 +213,11 @@ def eager_form(
 
 
 def step(layer: Layer, problem: AnyProblem, mode: str) -> Callable[[], object]:
-    """The callable that is timed for ``mode``: it returns what it computed, and keeps nothing.
+    """The callable that is timed for ``mode``; it returns what it computes and keeps nothing.
 
-    forward: training forward. backward: dx and the adapters' gradients of one kept forward. both: the two.
-    step: both and AdamW on the adapters. inference: forward without autograd. ValueError for another mode.
+    forward: training forward. backward: dx and the adapters' gradients from one kept forward. both: forward
+    and backward. step: both, and AdamW on the adapters. inference: forward without autograd. ValueError for
+    any other mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
@@ -243,7 +245,7 @@ def step(layer: Layer, problem: AnyProblem, mode: str) -> Callable[[], object]:
 def _with_optimizer(
     both: Callable[[], tuple[Tensor, ...]], adapters: tuple[Tensor, ...], device: torch.device
 ) -> Callable[[], None]:
-    """``both``, then AdamW; at a learning rate of 0, so that all providers go on with the same values."""
+    """``both``, then AdamW with a learning rate of 0, so that all providers keep the same values."""
     optimizer = torch.optim.AdamW(adapters, lr=0.0, fused=True, capturable=device.type == "cuda")
 
     def train() -> None:
@@ -260,5 +262,5 @@ def outputs(layer: Layer, problem: AnyProblem) -> dict[str, Tensor]:
     y = layer.call(problem.x)
     gradients = torch.autograd.grad(y, (problem.x, *layer.adapters), problem.dy)
     results = (y,) if isinstance(y, Tensor) else tuple(y)
-    # A frozen layer has no adapters, whose names come last.
+    # Not strict: the adapters' names come last, and a frozen layer has no adapters.
     return dict(zip(problem.names, (*(t.detach() for t in results), *gradients), strict=False))

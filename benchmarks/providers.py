@@ -1,7 +1,7 @@
 """What the benchmarks compare: one builder for each way to compute a LoRA linear layer.
 
 A provider builds a layer from a problem's weights, without copying the frozen ones. Every layer is called as
-y = call(x), x: (M, K), y: (M, N), and names its trainable leaves (A: (N, R), B: (R, K)).
+y = call(x), x: (M, K), y: (M, N), and lists its trainable leaves (A: (N, R), B: (R, K)).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FLOOR = "frozen"
 class Provider:
     """A way to compute the layer. ``adapter_dtype`` None: the adapters have the base's dtype.
 
-    ``seeded`` builds a layer that drops what :func:`fastlora.reference.keep_mask` says for the given seed,
-    so that dropout can be checked too; the other libraries draw masks that only they know.
+    ``seeded`` builds a layer that uses the mask of :func:`fastlora.reference.keep_mask` for the given seed,
+    so that dropout can be checked too; the masks of the other libraries are not known here.
     """
 
     name: str
@@ -48,7 +48,7 @@ def _adapters(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tenso
 
 
 def _frozen_linear(problem: Problem) -> nn.Linear:
-    """An nn.Linear over the problem's own weight and bias, nothing trainable."""
+    """An nn.Linear that shares the problem's weight and bias, with nothing trainable."""
     linear = nn.Linear(problem.shape.K, problem.shape.N, bias=problem.bias is not None, device="meta")
     linear.weight = nn.Parameter(problem.weight, requires_grad=False)
     if problem.bias is not None:
@@ -63,12 +63,12 @@ def _build_frozen(problem: Problem) -> Layer:
 def eager_lora(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float, bias: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """The layer as one would write it first."""
+    """The layer in its most straightforward form."""
     return F.linear(x, weight, bias) + alpha * F.linear(F.linear(F.dropout(x, dropout), B), A)
 
 
 def merged_lora(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float, bias: Tensor | None) -> Tensor:
-    """The update added to the weight in every step; autograd then makes a gradient of the weight's size."""
+    """The update added to the weight in every step; autograd then creates a gradient of the weight's size."""
     return F.linear(x, weight + alpha * (A @ B), bias)
 
 
@@ -83,12 +83,12 @@ def _build_merged(problem: Problem) -> Layer:
 
 
 def _scaled_mm(p: Tensor, q: Tensor, scale: float) -> Tensor:
-    """scale * p @ q with the scale inside the product: one launch, one rounding."""
+    """scale * p @ q with the scale applied inside the product: one launch, one rounding."""
     return torch.addmm(p.new_empty(()), p, q, beta=0, alpha=scale)
 
 
 class UpdateLastLoRA(torch.autograd.Function):
-    """BLAS calls alone: the frozen product first, the update added into it (beta = 1); h saved."""
+    """BLAS calls only: the frozen product first, the update added into it (beta = 1); h is saved."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float, bias: Tensor | None):
@@ -119,7 +119,7 @@ class UpdateLastLoRA(torch.autograd.Function):
 class BaseLastLoRA(UpdateLastLoRA):
     """The same with the small product first and the frozen one accumulated onto it.
 
-    The read of the small product's result then hides behind the large product's main loop.
+    Reading the small product's result then overlaps the large product's main loop.
     """
 
     @staticmethod
@@ -146,20 +146,20 @@ def _build_function(problem: Problem, function: type[torch.autograd.Function]) -
 
 @functools.lru_cache(maxsize=1)
 def _compiled_eager(shape: Shape | None, dtype: torch.dtype, bias: bool, dropout: float):
-    """torch.compile of the eager form; static for a shape, with dynamic sizes for None.
+    """torch.compile of the eager form: static sizes for a shape, dynamic sizes for None.
 
-    The other arguments are only the cache's key. Without the reset, dynamo would count every problem as a
+    The other arguments only serve as cache keys. Without the reset, dynamo would count every problem as a
     recompilation and stop compiling at its limit.
     """
     torch._dynamo.reset()
-    # Donated buffers forbid retain_graph, which timing the backward alone needs.
+    # Donated buffers forbid retain_graph, which is needed to time the backward pass alone.
     torch._functorch.config.donated_buffer = False
     return torch.compile(eager_lora, dynamic=shape is None, fullgraph=True)
 
 
 def _build_compile(problem: Problem) -> Layer:
     p, (A, B) = problem, _adapters(problem)
-    # On a CPU a compilation takes longer than the timing: one with dynamic sizes serves all shapes.
+    # On a CPU, compiling takes longer than timing, so one compilation with dynamic sizes serves all shapes.
     shape = p.shape if p.device.type == "cuda" else None
     compiled = _compiled_eager(shape, p.dtype, p.bias is not None, p.dropout)
     try:
@@ -178,9 +178,9 @@ def first_line(error: BaseException) -> str:
 
 
 def import_or_say_why(module: str, attribute: str):
-    """``attribute`` of another library's ``module``, or Unavailable with the reason why not.
+    """``attribute`` of another library's ``module``; raises Unavailable with the reason if that fails.
 
-    Such an import runs the library's own code, which can fail with anything on a machine it does not know.
+    Such an import runs the library's own code, which can raise anything on a machine that it does not know.
     """
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -189,14 +189,14 @@ def import_or_say_why(module: str, attribute: str):
 
 
 def same_as_base(problem: AnyProblem, adapter_dtype: torch.dtype | None, name: str) -> None:
-    """Raises Unavailable if the base has ``adapter_dtype`` too: the provider is then ``name`` once more."""
+    """Raise Unavailable if the base also has ``adapter_dtype``: the provider would only repeat ``name``."""
     if adapter_dtype == problem.dtype:
         base = str(problem.dtype).removeprefix("torch.")
         raise Unavailable(f"the base is {base}, so this is the same as {name}")
 
 
 def peft_layer(problem: Problem, *, cast_adapters: bool) -> nn.Module:
-    """PEFT's own LoRA layer over the problem's weights. ``cast_adapters``: to fp32, PEFT's default."""
+    """PEFT's own LoRA layer on the problem's weights. ``cast_adapters``: to fp32, PEFT's default."""
     model = nn.Module()
     model.linear = _frozen_linear(problem)
     adapters = {"linear": (problem.A, problem.B)}
@@ -212,9 +212,9 @@ def wrap_by_peft(
     *,
     cast_adapters: bool,
 ) -> tuple[Tensor, ...]:
-    """Gives the model's layers PEFT's adapters, in place; the leaves (A, B) of all layers, in their order.
+    """Give the model's layers PEFT's adapters, in place; return the leaves (A, B) of all layers, in order.
 
-    ``adapters``: (A, B) by the layer's path. ``cast_adapters``: to fp32, PEFT's default.
+    ``adapters``: (A, B) by layer path. ``cast_adapters``: to fp32, PEFT's default.
     """
     get_peft_model = import_or_say_why("peft", "get_peft_model")
     rank = next(iter(adapters.values()))[1].shape[0]
@@ -222,7 +222,7 @@ def wrap_by_peft(
         r=rank, lora_alpha=alpha * rank, target_modules=list(adapters), lora_dropout=dropout
     )
     with warnings.catch_warnings():
-        # It finds no `config` of a known model on a bare module, and says so once a layer.
+        # PEFT finds no `config` of a known model on a bare module and warns about it once per layer.
         warnings.simplefilter("ignore", UserWarning)
         get_peft_model(model, config, autocast_adapter_dtype=cast_adapters)
     leaves: list[Tensor] = []
@@ -243,7 +243,7 @@ def _build_peft(problem: Problem, *, cast_adapters: bool) -> Layer:
 
 
 def _build_unsloth(problem: Problem) -> Layer:
-    """Unsloth's form for one projection; importing Unsloth patches other libraries, so it comes last."""
+    """Unsloth's form for one projection; importing Unsloth patches other libraries, so it is listed last."""
     if problem.bias is not None:
         raise Unavailable("apply_lora_o has no bias")
     apply_lora = import_or_say_why("unsloth.kernels", "apply_lora_o")
@@ -273,7 +273,7 @@ def _build_lorafusion(problem: Problem) -> Layer:
 def _build_fastlora(
     problem: Problem, *, path: str | None = None, adapter_dtype: torch.dtype | None = None
 ) -> Layer:
-    """fastlora's module over the problem's weights; ``path`` None leaves the choice to its planner."""
+    """fastlora's module on the problem's weights; ``path`` None leaves the choice to its planner."""
     same_as_base(problem, adapter_dtype, "fastlora")
     if path == "triton" and problem.device.type != "cuda":
         raise Unavailable("the Triton kernels need a GPU; Triton's interpreter is not worth timing")

@@ -1,12 +1,13 @@
 """backward: g = dy @ A and dA = s * dy.T @ h in one launch that reads dy from memory once.
 
 dy: (M, N), A: (N, R), h: (M, R), g: (M, R), dA: (N, R). The rows of dy are cut into regions of a few MB. The
-programs of a region follow one another: those of g (project) first, for they run longest, then those of dA
-(token sum, the region being their split). They run together, so the second read of the region comes from
-the L2 cache. A second kernel adds the partial sums of dA in a fixed order, as in token sum.
+programs of a region have consecutive ids: first those of g (project), because they run longest, then those
+of dA (token sum, with the region as their split). They run concurrently, so the second read of the region
+comes from the L2 cache. A second kernel adds the partial sums of dA in a fixed order, as in token sum.
 
-The planner chooses this kernel only where a measured row of the product "g+dA" (``python -m fastlora tune``
-writes them) says that it is faster than both apart, each on its fastest path. The shipped table has none yet.
+The planner chooses this kernel only where a measured row of the product "g+dA", as written by ``python -m
+fastlora tune``, says that it beats two separate products, each on its fastest path. The shipped table has no
+such row yet.
 """
 
 import torch
@@ -69,7 +70,7 @@ def g_and_dA(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dy: (M, N), A: (N, R), h: (M, R) -> g: (M, R) in dy's dtype, dA: (N, R) in ``dtype``, both contiguous.
 
-    Any strides; M, N, R > 0. ``scale`` multiplies dA alone.
+    Any strides; M, N, R > 0. ``scale`` multiplies only dA.
     """
     (M, N), R = dy.shape, A.shape[1]
     regions = triton.cdiv(M, config.rows)

@@ -1,16 +1,16 @@
-"""Tile shapes of the kernels: frozen values, one ``select`` for each primitive, no Triton and no GPU query.
+"""Tile shapes of the kernels: frozen values, one ``select`` per primitive, without Triton or any GPU query.
 
-A capability is ``10 * major + minor`` (80, 86, 89, 90, 100, 120). The shapes are those that compile for their
-capability without spills and within its shared memory (``tests/test_aot.py`` holds this); which of them is
-the fastest has not been measured on a GPU yet.
+A capability is ``10 * major + minor`` (80, 86, 89, 90, 100, 120). The shapes compile for their capability
+without spills and within its shared memory (checked by ``tests/test_aot.py``); which of them is fastest has
+not been measured on a GPU yet.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Shared memory one program may use, in bytes (CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability"), of the capabilities that have configurations of their own.
+# Shared memory that one program may use, in bytes (CUDA C++ Programming Guide, "Technical Specifications per
+# Compute Capability"), for the capabilities that have configurations of their own.
 SHARED_MEMORY = {
     80: 163 * 1024,
     86: 99 * 1024,
@@ -23,24 +23,26 @@ MIN_CAPABILITY = 80
 # What the kernels are known to compile for, each with the configurations of the nearest one listed above.
 COMPILED_FOR = (80, 86, 87, 89, 90, 100, 103, 120, 121)
 MAX_RANK = 256
-# Branches that one launch of group_dx sums.
+# The most branches that one launch of group_dx sums.
 MAX_BRANCHES = 4
 
-# The kernels read 16 bytes at a time only where sizes and strides are multiples of this many elements.
+# The kernels read 16 bytes at a time only if sizes and strides are multiples of this many elements.
 ALIGNED = 16
 # Tensor-core tiles have at least 16 rows and columns, so smaller ranks are padded with zeros in registers.
 _MIN_BLOCK = 16
-# Bytes of dy that the programs of one region of backward share, a quarter of it on sm_86. A few regions in
-# flight at a time should stay in L2: 6 MB on sm_86, some 40 MB or more on the others. Not measured yet.
+# Bytes of dy that the programs of one region of backward share; a quarter of this on sm_86. The few regions
+# in flight at a time should stay in L2, which has 6 MB on sm_86 and about 40 MB or more on the others. Not
+# measured yet.
 REGION_BYTES = 4 * 1024 * 1024
-# Tokens up to which one launch makes h and y: one tile of rows, so that W is read once.
+# The most tokens for which one launch computes h and y: one tile of rows, so that W is read once.
 SMALL_ROWS = 16
 
 
 def _adapter_bytes(num_stages: int, elements: int, itemsize: int, adapter_itemsize: int) -> int:
-    """Shared memory for the tiles of an adapter that a loop multiplies with operands of ``itemsize`` bytes.
+    """Shared memory for the adapter tiles that a loop multiplies with operands of ``itemsize`` bytes.
 
-    A wider adapter is converted as it is read: it has a buffer less, but its tile takes a copy beside it.
+    A wider adapter is converted as it is read: it has one buffer fewer, but also needs a converted copy of
+    its tile.
     """
     if adapter_itemsize <= itemsize:
         return num_stages * elements * itemsize
@@ -49,7 +51,7 @@ def _adapter_bytes(num_stages: int, elements: int, itemsize: int, adapter_itemsi
 
 @dataclass(frozen=True)
 class ProjectConfig:
-    """A program of project takes ``block_m`` rows of P, all ranks, ``block_d`` columns a step."""
+    """A program of project takes ``block_m`` rows of P and all ranks, ``block_d`` columns per step."""
 
     block_m: int
     block_d: int
@@ -64,7 +66,7 @@ class ProjectConfig:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """A program of gemm makes a (``block_m``, ``block_e``) tile of C, ``block_d`` of the sum a step."""
+    """A program of gemm computes a (``block_m``, ``block_e``) tile of C, ``block_d`` summands per step."""
 
     block_m: int
     block_e: int
@@ -76,7 +78,7 @@ class GemmConfig:
 
     def shared_bytes(self, itemsize: int) -> int:
         main_loop = self.num_stages * self.block_d * (self.block_m + self.block_e) * itemsize
-        # The compiler keeps the update's operands beside the main loop's, not in their place.
+        # The compiler allocates the update's operands in addition to the main loop's, without reuse.
         update = self.block_r * (self.block_m + self.block_e) * itemsize
         return main_loop + update
 
@@ -98,7 +100,7 @@ class TokenSumConfig:
 
 @dataclass(frozen=True)
 class SmallConfig:
-    """A program of small makes ``block_n`` columns of y for all tokens, ``block_k`` of the sum a step."""
+    """A program of small computes ``block_n`` columns of y for all tokens, ``block_k`` summands per step."""
 
     block_m: int
     block_n: int
@@ -110,13 +112,13 @@ class SmallConfig:
     def shared_bytes(self, itemsize: int, adapter_itemsize: int = 0) -> int:
         main_loop = self.num_stages * self.block_k * (self.block_m + self.block_n) * itemsize
         main_loop += _adapter_bytes(self.num_stages, self.block_k * self.block_r, itemsize, adapter_itemsize)
-        # The update comes after the loop and takes its place.
+        # The update comes after the loop and reuses its shared memory.
         return max(main_loop, self.block_r * (self.block_m + self.block_n) * max(itemsize, adapter_itemsize))
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """``programs`` walk over (``block_m``, ``block_e``) tiles of C through a ring of ``slots``."""
+    """``programs`` loop over (``block_m``, ``block_e``) tiles of C, reading through a ring of ``slots``."""
 
     block_m: int
     block_e: int
@@ -129,15 +131,15 @@ class HopperConfig:
     def shared_bytes(self, itemsize: int) -> int:
         ring = self.slots * self.block_d * (self.block_m + self.block_e) * itemsize
         half_of_c = self.block_m * self.block_e // 2 * itemsize
-        return ring + half_of_c + 256  # and the barriers
+        return ring + half_of_c + 256  # 256 for the barriers
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Programs of backward take a region of ``rows`` rows of dy: (M, N), a multiple of both kinds' blocks.
+    """The programs of backward share a region of ``rows`` rows of dy: (M, N), a multiple of both row blocks.
 
-    One of g takes ``block_m`` of these rows, ``step_n`` columns a step; one of dA takes ``block_n`` columns,
-    ``step_m`` of the rows a step.
+    A program of g takes ``block_m`` of these rows, ``step_n`` columns per step; a program of dA takes
+    ``block_n`` columns, ``step_m`` rows per step.
     """
 
     rows: int
@@ -150,7 +152,7 @@ class BackwardConfig:
     num_stages: int
 
     def shared_bytes(self, itemsize: int, adapter_itemsize: int = 0) -> int:
-        # A program is of one kind, so the tiles of both take the same place.
+        # A program computes either g or dA, so the tiles of the two share the same memory.
         g = self.num_stages * self.step_n * self.block_m * itemsize
         g += _adapter_bytes(self.num_stages, self.step_n * self.block_r, itemsize, adapter_itemsize)
         dA = self.num_stages * self.step_m * (self.block_n + self.block_r) * itemsize
@@ -167,7 +169,7 @@ class UpdateConfig:
     num_warps: int
 
     def shared_bytes(self, itemsize: int) -> int:
-        # And the mask and C on their way from one layout of registers to another.
+        # The last term is for converting the mask and C from one register layout to another.
         return self.block_r * (self.block_m + self.block_e) * itemsize + 4 * self.block_m * self.block_e
 
 
@@ -182,9 +184,10 @@ def nearest_capability(capability: int) -> int:
 
 
 def fits(config: Config, capability: int, *itemsizes: int) -> bool:
-    """Whether the configuration's tiles fit the shared memory of a GPU of this capability.
+    """Whether the configuration's tiles fit into the shared memory of a GPU of this capability.
 
-    ``itemsizes``: bytes of an element and, for a kernel that reads an adapter as it lies, of the adapter's.
+    ``itemsizes``: bytes per element and, for a kernel that reads an adapter in its own dtype, per element of
+    the adapter.
     """
     return config.shared_bytes(*itemsizes) <= SHARED_MEMORY[nearest_capability(capability)]
 
@@ -202,25 +205,25 @@ def _rank_block(rank: int, limit: int = MAX_RANK) -> int:
 
 
 def _widest(blocks: tuple[int, ...], size: int, sms: int) -> int:
-    """The widest block that still gives nine in ten multiprocessors a program, else the last."""
+    """The widest block that still gives nine in ten multiprocessors a program; the last if none does."""
     return next((block for block in blocks[:-1] if 10 * -(-size // block) >= 9 * sms), blocks[-1])
 
 
 def select_project(
     capability: int, sms: int, M: int, R: int, itemsize: int, adapter_itemsize: int = 0, dropout: bool = False
 ) -> ProjectConfig:
-    """The configuration of project for P: (M, D) and rank R on a GPU of ``sms`` multiprocessors.
+    """The configuration of project for P: (M, D) and rank R on a GPU with ``sms`` multiprocessors.
 
-    ``adapter_itemsize``: bytes of an element of Q, 0 for P's.
+    ``adapter_itemsize``: bytes per element of Q; 0 for the same as P.
     """
     block_r = _rank_block(R)
-    # Every program reads all of Q, and it takes many of them to pull on the memory.
+    # Every program reads all of Q, which favours wide blocks; but saturating the memory takes many programs.
     block_m = _widest((64, 32, 16), M, sms)
-    # The mask of dropout is integer work, of which one warp a scheduler does too little at a time.
+    # The dropout mask is integer work, and one warp per scheduler has too little of it in flight.
     num_warps = 4 if block_m * block_r <= 64 * 128 and not (dropout and block_m == 64) else 8
     steps = ((128, 4), (128, 3), (64, 4), (64, 3), (64, 2), (32, 2))
     if (nearest_capability(capability), block_m, block_r) == (120, 32, 32) and adapter_itemsize > itemsize:
-        steps = steps[2:]  # with dropout the longer steps spill there
+        steps = steps[2:]  # with dropout, the longer steps spill there
     return _first_fitting(
         (ProjectConfig(block_m, block_d, block_r, num_warps, num_stages) for block_d, num_stages in steps),
         capability,
@@ -230,10 +233,10 @@ def select_project(
 
 
 def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout: bool) -> GemmConfig:
-    """The configuration of gemm for C: (M, E) and rank R, and of group_dx for ranks that sum to R."""
+    """The configuration of gemm for C: (M, E) and rank R, and of group_dx for ranks that add up to R."""
     block_r = _rank_block(R, 64)
     block_m = next((block for block in (16, 64) if block >= M), 128)
-    # wgmma is at its best 256 columns wide; the mask of dropout needs the registers that such a tile takes.
+    # wgmma is most efficient at 256 columns, but the dropout mask needs the registers that such a tile takes.
     wide = nearest_capability(capability) in (90, 100) and block_m == 128 and E >= 512 and not dropout
     block_e = 256 if wide else 128
     num_warps = 4 if block_m * block_e <= 64 * 128 else 8
@@ -243,9 +246,9 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
     if (nearest_capability(capability), block_m, block_r) == (100, 64, 32) and dropout:
         steps = steps[1:]  # the longer steps spill
     if nearest_capability(capability) not in (90, 100) and block_m == 128:
-        steps = steps[1:]  # the longer steps spill beside several rank blocks
-        if R <= 128 and R % 8 == 0 and not dropout:  # else four warps spill
-            # Two programs a multiprocessor: one computes while the other is at its update or its last store.
+        steps = steps[1:]  # the longer steps spill with several rank blocks
+        if R <= 128 and R % 8 == 0 and not dropout:  # otherwise, four warps spill
+            # Two programs per multiprocessor: one computes during the other's update or final store.
             steps = [(4, 32, 4), *steps]
     return _first_fitting(
         (
@@ -265,12 +268,12 @@ def select_update(R: int) -> UpdateConfig:
 
 
 def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize: int) -> TokenSumConfig:
-    """The configuration of token sum for P: (M, D) and rank R on a GPU of ``sms`` multiprocessors."""
+    """The configuration of token sum for P: (M, D) and rank R on a GPU with ``sms`` multiprocessors."""
     block_r = _rank_block(R)
-    # Every program reads all of U for its tokens: from rank 64 on as much as of P, or more.
+    # Every program reads all of U for its tokens: from rank 64 on, at least as much as of P.
     block_d, block_m = 128 if block_r >= 64 else 64, 64
     num_warps = 4 if block_r <= 64 else 8
-    # Two programs a multiprocessor, each with at least four steps to amortise its partial sum.
+    # Two programs per multiprocessor, each with at least four steps to amortise its partial sum.
     tiles = -(-D // block_d)
     splits = max(1, min(-(-2 * sms // tiles), M // (4 * block_m)))
     return _first_fitting(
@@ -286,9 +289,9 @@ def select_token_sum(capability: int, sms: int, M: int, D: int, R: int, itemsize
 def select_backward(
     capability: int, sms: int, M: int, N: int, R: int, itemsize: int, adapter_itemsize: int = 0
 ) -> BackwardConfig:
-    """The configuration of backward for dy: (M, N) and rank R on a GPU of ``sms`` multiprocessors.
+    """The configuration of backward for dy: (M, N) and rank R on a GPU with ``sms`` multiprocessors.
 
-    ``adapter_itemsize``: bytes of an element of A, 0 for dy's.
+    ``adapter_itemsize``: bytes per element of A; 0 for the same as dy.
     """
     block_r = _rank_block(R)
     block_m = 64 if M >= 64 * 64 else 16
@@ -297,8 +300,8 @@ def select_backward(
     at = nearest_capability(capability), block_r
     if at in ((86, 256), (89, 256), (100, 128)) or (at == (80, 256) and adapter_itemsize > itemsize):
         step_m = 32  # the longer steps spill there
-    # A region stays in L2 while its programs run, but has at least four steps, and rows enough that partial
-    # sums move half the bytes of dy at the most; within this, two programs a multiprocessor.
+    # A region should stay in L2 while its programs run, but has at least four steps, and enough rows that the
+    # partial sums move at most half the bytes of dy. Within these limits: two programs per multiprocessor.
     tiles = -(-N // block_n)
     regions = max(1, -(-(2 * sms - M // block_m) // tiles))
     region_bytes = REGION_BYTES // 4 if nearest_capability(capability) == 86 else REGION_BYTES
@@ -327,11 +330,11 @@ def select_backward(
 def select_small(
     capability: int, sms: int, N: int, R: int, itemsize: int, adapter_itemsize: int = 0
 ) -> SmallConfig:
-    """The configuration of small for y: (at most 16, N) and rank R on a GPU of ``sms`` multiprocessors.
+    """The configuration of small for y: (at most 16, N) and rank R on a GPU with ``sms`` multiprocessors.
 
-    ``adapter_itemsize``: bytes of an element of A and B, 0 for x's.
+    ``adapter_itemsize``: bytes per element of A and B; 0 for the same as x.
     """
-    # With 16 columns every warp would compute the whole tile of h, and with it that of y.
+    # With 16 columns, every warp would compute the whole tile of h, and that of y as well.
     block_r = max(32, _rank_block(R))
     # Every program reads all of x and B.
     block_n = _widest((64, 32, 16), N, sms)
@@ -347,7 +350,7 @@ def select_small(
 
 
 def select_hopper(sms: int, R: int) -> HopperConfig:
-    """The configuration of hopper for rank R on a GPU of ``sms`` multiprocessors, half precision."""
+    """The configuration of hopper for rank R in half precision on a GPU with ``sms`` multiprocessors."""
     return HopperConfig(
         block_m=128, block_e=256, block_d=64, block_r=_rank_block(R, 64), group_m=8, slots=4, programs=sms
     )

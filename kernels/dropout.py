@@ -1,18 +1,18 @@
-"""The dropout keep mask, regenerated wherever it is needed and never written to memory.
+"""The dropout keep mask, recomputed wherever it is needed and never written to memory.
 
     keep[row, column] = bits16(philox4x32(seed, counter=(column // 8, row, 0, 0)))[column % 8] >= p * 65536
 
-One Philox call serves eight neighbouring columns with 16 bits each: a call per element would cost more
-integer work than the layer's whole matrix product. ``fastlora.masks`` is its oracle.
+One Philox call serves eight neighbouring columns with 16 bits each: one call per element would cost more in
+integer work than the layer's whole matrix product. ``fastlora.masks`` is the reference implementation.
 """
 
 import triton
 import triton.language as tl
 
-# The numbers of fastlora.masks, which explains them.
+# The same values as in fastlora.masks, which explains them.
 PHILOX_ROUNDS = tl.constexpr(7)
 COLUMNS_PER_CALL = tl.constexpr(8)
-# Of Philox 4x32: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11).
+# Constants of Philox 4x32: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11).
 _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 _MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
 _KEY_STEP_0 = tl.constexpr(0x9E3779B9)
@@ -23,7 +23,7 @@ _KEY_STEP_1 = tl.constexpr(0xBB67AE85)
 def _philox(seed, c0, c1):
     """The four words of philox4x32(seed, (c0, c1, 0, 0)): uint32 tensors of one shape.
 
-    ``tl.philox`` makes the same, but takes the two halves of a product in an instruction each.
+    ``tl.philox`` returns the same words, but computes each half of a product with its own instruction.
     """
     seed = seed.to(tl.uint64)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -40,17 +40,16 @@ def _philox(seed, c0, c1):
 
 @triton.jit
 def keep_mask(seed, rows, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where the elements of a tile are kept.
+    """Which elements of a tile are kept: (BLOCK_M, BLOCK_D) of int1.
 
-    seed: int64 scalar. rows: (BLOCK_M,) row numbers. first_column: a multiple of 8. threshold: p * 65536, not
-    specialised by the kernels, where 1 would become a constant that has no ``to``.
-    Returns (BLOCK_M, BLOCK_D) of int1.
+    seed: int64 scalar. rows: (BLOCK_M,) row numbers. first_column: a multiple of 8. threshold: p * 65536; the
+    kernels do not specialise it, because 1 would become a constant, which has no ``to``.
     """
     groups = first_column // COLUMNS_PER_CALL + tl.arange(0, BLOCK_D // COLUMNS_PER_CALL)
     counter_0 = tl.broadcast_to(groups.to(tl.uint32)[None, :], (BLOCK_M, BLOCK_D // COLUMNS_PER_CALL))
     counter_1 = tl.broadcast_to(rows.to(tl.uint32)[:, None], (BLOCK_M, BLOCK_D // COLUMNS_PER_CALL))
     w0, w1, w2, w3 = _philox(seed, counter_0, counter_1)
-    # join() adds a last axis of two; nested so that flattening gives w0, w1, w2, w3 and low before high.
+    # join() adds a last axis of size two; nested so that flattening gives w0, w1, w2, w3 and low before high.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.reshape(words, (BLOCK_M, BLOCK_D // COLUMNS_PER_CALL, 4))
     bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_M, BLOCK_D))

@@ -2,7 +2,7 @@
 
 P: (M, D), Q: (D, E), U: (M, R), V: (R, E), bias: (E,), C: (M, E). The update comes first and the main loop
 accumulates onto it: s and the dropout mask are applied in fp32 without a second accumulator, and wgmma
-stays asynchronous (with the update after the loop ptxas serialises it, or registers spill at 128 x 256).
+stays asynchronous (with the update after the loop, ptxas serialises it, or registers spill at 128 x 256).
 """
 
 import torch
@@ -64,8 +64,8 @@ def gemm(
 ) -> torch.Tensor:
     """p: (M, D), q: (D, E), u: (M, R), v: (R, E), bias: (E,) -> (M, E) in p's dtype, contiguous.
 
-    Any strides; M, D, E, R > 0. ``seed``: int64 tensor of one element turns dropout of the update on;
-    its factor 1 / (1 - p) belongs into ``scale``.
+    Any strides; M, D, E, R > 0. ``seed``: int64 tensor of one element, turns on dropout of the update; the
+    factor 1 / (1 - p) must be part of ``scale``.
     """
     (M, D), E, R = p.shape, q.shape[1], u.shape[1]
     c = torch.empty((M, E), dtype=p.dtype, device=p.device)

@@ -1,9 +1,9 @@
 """dx of a group: C = P_0 @ Q_0 + ... + P_3 @ Q_3 + s * keep * (U @ V) (dx = sum of dy_i @ W_i, and G @ B).
 
 P_i: (M, D_i), Q_i: (D_i, E), U: (M, R), V: (R, E), C: (M, E), for one to four branches; R is the sum of their
-ranks. As in :mod:`fastlora.kernels.gemm` the update comes first and every main loop accumulates onto it in
-fp32, so C is written once. Each branch has a loop of its own: choosing pointers inside one loop would make
-its copies synchronous.
+ranks. As in :mod:`fastlora.kernels.gemm`, the update comes first and every main loop accumulates onto it in
+fp32, so C is written once. Each branch has its own loop: selecting the pointers inside a single loop would
+make its copies synchronous.
 """
 
 from collections.abc import Sequence
@@ -79,8 +79,8 @@ def group_dx(
 ) -> torch.Tensor:
     """ps: (M, D_i), qs: (D_i, E), u: (M, R), v: (R, E) -> (M, E) in u's dtype, contiguous.
 
-    One to four branches of any strides; M, D_i, E, R > 0. ``seed``: int64 tensor of one element turns dropout
-    of the update on; its factor 1 / (1 - p) belongs into ``scale``.
+    One to four branches, any strides; M, D_i, E, R > 0. ``seed``: int64 tensor of one element, turns on
+    dropout of the update; the factor 1 / (1 - p) must be part of ``scale``.
     """
     (M, R), E = u.shape, v.shape[1]
     c = torch.empty((M, E), dtype=u.dtype, device=u.device)

@@ -1,20 +1,20 @@
 """gemm with rank-R update for Hopper (sm_90a), in Gluon: C = s * (U @ V) + P @ Q + bias.
 
-P: (M, D), U: (M, R), C: (M, E); Q and V are read as they lie in memory, for the forward pass (y = x @ W.T
-+ ...) as W: (E, D) and A: (E, R), for the backward pass (dx = dy @ W + ...) as W: (D, E) and B: (R, E).
+P: (M, D), U: (M, R), C: (M, E). Q and V are read in their memory layout: in the forward pass (y = x @ W.T
++ ...) they are W: (E, D) and A: (E, R), in the backward pass (dx = dy @ W + ...) W: (D, E) and B: (R, E).
 
-One program a multiprocessor walks over tiles of C. A producer warp fills a ring of shared-memory slots by
-TMA; two warpgroups, 64 rows of the tile each, multiply straight out of the slots. The tiles of U and V travel
-in the same slots as those of P and Q, ahead of them: the accumulator starts from the update, is scaled in
-registers, and the main loop goes on. TMA fills what lies outside a matrix with zeros, so no loop has a mask,
-and only BLOCK_R columns of a slot enter the update. C leaves in two halves through one buffer, by TMA stores
-that overlap the next tile's main loop.
+One persistent program per multiprocessor loops over tiles of C. A producer warp fills a ring of shared-memory
+slots by TMA; two warpgroups, each with 64 rows of the tile, multiply directly from the slots. The tiles of U
+and V pass through the same slots ahead of those of P and Q: the accumulator starts as the update, is scaled
+in registers, and the main loop continues from there. TMA fills elements outside a matrix with zeros, so no
+loop has a mask, and only BLOCK_R columns of a slot enter the update. C is written in two halves through one
+buffer, by TMA stores that overlap the next tile's main loop.
 
-    ready[slot]   full:  the producer's expected bytes have arrived     (waited for by the consumers)
-    empty[slot]   free:  the product that read the slot has finished    (waited for by the producer)
+    ready[slot]   full:  the bytes that the producer expects have arrived   (the consumers wait for it)
+    empty[slot]   free:  the product that read the slot has finished        (the producer waits for it)
 
-Nothing here has run on a GPU yet: it compiles (benchmarks/static.py) and its schedule and arithmetic are
-emulated (tests/test_hopper.py), so the planner takes it only if it is asked to (FASTLORA_HOPPER=1).
+This kernel has not run on a GPU yet: it compiles (benchmarks/static.py), and its schedule and arithmetic are
+emulated (tests/test_hopper.py). The planner therefore chooses it only on request (FASTLORA_HOPPER=1).
 """
 
 import torch
@@ -37,13 +37,13 @@ async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 NUM_WARPS = 8  # the two warpgroups that multiply
-# TMA reads and writes rows that begin at multiples of 16 bytes.
+# TMA reads and writes only rows that begin at multiples of 16 bytes.
 TMA_ALIGNMENT = 16
 
 
 @gluon.jit
 def _grouped_tile(number, tiles_m, tiles_e, GROUP_M: gl.constexpr):
-    """The tile (m, e) of a number, GROUP_M rows of tiles at a time, as in fastlora.kernels.tiles."""
+    """Map a tile number to the tile (m, e), GROUP_M rows of tiles at a time, as in fastlora.kernels.tiles."""
     tiles_in_group = GROUP_M * tiles_e
     first_m = (number // tiles_in_group) * GROUP_M
     rows_in_group = gl.minimum(tiles_m - first_m, GROUP_M)
@@ -53,14 +53,14 @@ def _grouped_tile(number, tiles_m, tiles_e, GROUP_M: gl.constexpr):
 
 @gluon.jit
 def _next(slot, phase, SLOTS: gl.constexpr):
-    """The slot after this one, and the parity of its barriers: it flips once round the ring."""
+    """The next slot and the parity of its barriers, which flips once per pass around the ring."""
     last = slot == SLOTS - 1
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
 def _fill(p_desc, q_desc, m, e, d, slot, phase, p_ring, q_ring, ready, empty, Q_BY_ROWS: gl.constexpr):
-    """Load columns d... of rows m... of P and the matching tile of Q into a slot, once it is free."""
+    """Once a slot is free, load into it the tile of P at (m, d) and the matching tile of Q."""
     mbarrier.wait(empty.index(slot), phase ^ 1)
     full = ready.index(slot)
     mbarrier.expect(full, p_desc.block_type.nbytes + q_desc.block_type.nbytes)
@@ -95,7 +95,7 @@ def _producer(
 
 @gluon.jit
 def _operands(slot, p_ring, q_ring, DEPTH: gl.constexpr, Q_BY_ROWS: gl.constexpr):
-    """The first DEPTH of a slot's summed columns: (BLOCK_M, DEPTH) and (DEPTH, BLOCK_E), no data moved."""
+    """Views of a slot's first DEPTH summands, (BLOCK_M, DEPTH) and (DEPTH, BLOCK_E); no data is moved."""
     p = p_ring.index(slot).slice(0, DEPTH, dim=1)
     if Q_BY_ROWS:
         q = q_ring.index(slot).slice(0, DEPTH, dim=0)
@@ -106,7 +106,7 @@ def _operands(slot, p_ring, q_ring, DEPTH: gl.constexpr, Q_BY_ROWS: gl.constexpr
 
 @gluon.jit
 def _store_half(c_desc, c_buffer, c, m, e):
-    """Write half a tile of C: the buffer is reused once the store before has read it."""
+    """Write half a tile of C; the buffer is reused once the previous store has read it."""
     tma.store_wait(0)
     c_buffer.store(c)
     fence_async_shared()
@@ -142,7 +142,7 @@ def _consumer(
             mbarrier.wait(ready.index(slot), phase)
             p, q = _operands(slot, p_ring, q_ring, BLOCK_D, Q_BY_ROWS)
             acc = warpgroup_mma(p, q, acc, is_async=True)
-            # All but this product have finished, so the slot before it is free.
+            # All products before this one have finished, so the previous slot is free.
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(empty.index(previous), count=1, pred=d > 0)
             previous = slot
@@ -193,7 +193,7 @@ def _hopper_kernel(
             )),
         ],
         [1],  # warps of the producer
-        [24],  # and its registers, the fewest that there are: the accumulator gets the others
+        [24],  # its registers per thread, the minimum: the accumulator gets the rest
     )  # fmt: skip
 
 
@@ -206,12 +206,12 @@ def blocks(config: HopperConfig, q_by_rows: bool) -> dict[str, list[int]]:
 
 
 def why_not(*matrices: torch.Tensor) -> str | None:
-    """Why TMA cannot read these matrices as they lie, None where it can."""
+    """The reason why TMA cannot read these matrices in place; None if it can."""
     for matrix in matrices:
         if matrix.dtype not in (torch.float16, torch.bfloat16) or matrix.dtype != matrices[0].dtype:
             return f"TMA ring: {', '.join(str(m.dtype) for m in matrices)}, expected one half-precision dtype"
         step = matrix.stride(0) * matrix.element_size()
-        overlap = matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]  # expanded rows, say
+        overlap = matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]  # expanded rows, for example
         if matrix.stride(1) != 1 or overlap or step % TMA_ALIGNMENT or matrix.data_ptr() % TMA_ALIGNMENT:
             return (
                 f"TMA ring: shape {tuple(matrix.shape)}, strides {matrix.stride()}: rows must be contiguous, "
@@ -237,13 +237,13 @@ def gemm(
 ) -> torch.Tensor:
     """p: (M, D), u: (M, R), bias: (E,) -> (M, E) in p's dtype, contiguous.
 
-    q: (E, D) and v: (E, R), or (D, E) and (R, E) if ``q_by_rows``; all for which :func:`why_not` is None,
-    with M, D, E > 0 and E a multiple of 8; bias contiguous.
+    q: (E, D) and v: (E, R), or (D, E) and (R, E) if ``q_by_rows``. :func:`why_not` must return None for the
+    matrices, M, D, E > 0, E a multiple of 8, and bias contiguous.
     """
     (M, D), R = p.shape, u.shape[1]
     E = q.shape[1] if q_by_rows else q.shape[0]
     if not R:
-        u, v = p, q  # Never read, but a descriptor needs a size: the update off, for the benchmarks.
+        u, v = p, q  # No update, for the benchmarks. Never read, but a descriptor needs a nonempty matrix.
     c = torch.empty((M, E), dtype=p.dtype, device=p.device)
     block = blocks(config, q_by_rows)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(E, config.block_e)

@@ -1,7 +1,7 @@
 """project: H = s * drop(P) @ Q, the down-projection of both directions (h = x @ B.T and g = dy @ A).
 
-P: (M, D), Q: (D, R), H: (M, R). Bound by the one pass over P, so a program takes whole rows of P and the
-full rank, and Q comes from L2.
+P: (M, D), Q: (D, R), H: (M, R). The single pass over P is the bottleneck, so a program takes whole rows of P
+and the full rank, and Q comes from L2.
 """
 
 import torch
@@ -24,7 +24,7 @@ def project_tile(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     Q_EIGHTS: tl.constexpr, EVEN_D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Writes rows ``tile_m * BLOCK_M`` to ``(tile_m + 1) * BLOCK_M`` of H, all ranks."""
+    """Write rows ``tile_m * BLOCK_M`` to ``(tile_m + 1) * BLOCK_M`` of H, all ranks."""
     R, stride_qd = of_eights(R, Q_EIGHTS), of_eights(stride_qd, Q_EIGHTS)
     tl.assume(D > 0)  # Lets ptxas keep wgmma asynchronous: the loop below runs at least once.
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -48,7 +48,7 @@ def project_tile(
             p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
             q = tl.load(q_ptrs, mask=mask_d[:, None] & mask_r[None, :], other=0.0)
         if HAS_DROPOUT:
-            # The factor 1 / (1 - p) waits for the fp32 sum: P keeps its bits.
+            # The factor 1 / (1 - p) is applied to the fp32 sum, so that P is not rounded again.
             p = tl.where(keep_mask(seed, offs_m, d, keep_threshold, BLOCK_M, BLOCK_D), p, 0.0)
         acc = tile_dot(p, q.to(p.dtype), acc)
         p_ptrs += step * stride_pd
@@ -90,9 +90,9 @@ def project(
 ) -> torch.Tensor:
     """p: (M, D), q: (D, R) -> (M, R) in p's dtype; any strides; M, D, R > 0.
 
-    ``seed``: int64 tensor of one element turns dropout of p on, with its threshold. ``scale`` multiplies
-    the result, with or without dropout. ``out``: (M, R) of column stride 1, written and returned; None for a
-    new tensor.
+    ``seed``: int64 tensor of one element, turns on dropout of p with ``keep_threshold``. ``scale`` multiplies
+    the result, with or without dropout. ``out``: (M, R) with column stride 1, written and returned; None for
+    a new tensor.
     """
     (M, D), R = p.shape, q.shape[1]
     h = torch.empty((M, R), dtype=p.dtype, device=p.device) if out is None else out

@@ -1,8 +1,8 @@
 """small: the whole forward of at most 16 tokens in one launch, y = x @ W.T + s * (x @ B.T) @ A.T + bias.
 
-x: (M, K), W: (N, K), B: (R, K), A: (N, R), bias: (N,), y: (M, N), h = x @ B.T: (M, R). Bound by the one pass
-over W. Each program makes its own columns of y and, in the same loop, all of h: x and B come from L2, and no
-program waits for another. The order of every sum is fixed by the tile shape.
+x: (M, K), W: (N, K), B: (R, K), A: (N, R), bias: (N,), y: (M, N), h = x @ B.T: (M, R). The single pass over W
+is the bottleneck. Each program computes its own columns of y and, in the same loop, all of h: x and B come
+from L2, and no program waits for another. The tile shape fixes the order of every sum.
 """
 
 import torch
@@ -59,9 +59,9 @@ def _small_kernel(
         w_ptrs += step * stride_wk
         b_ptrs += step * stride_bk
 
-    # Columns past R are infinite times zero where x is infinite: NaN, which must not reach y.
+    # Where x is infinite, columns past R are infinity times zero: NaN, which must not reach y.
     h = tl.where(mask_r[None, :], h, 0.0)
-    # Rounded as project would round it, so that y is the product of the h that backward sees.
+    # Rounded as project would round it, so that y is computed from the h that backward sees.
     h = h.to(h_ptr.dtype.element_ty)
     if tile_n == 0:
         h_ptrs = h_ptr + rows[:, None] * stride_hm + offs_r[None, :]
@@ -88,10 +88,10 @@ def small(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x: (M, K), weight: (N, K), A: (N, R), B: (R, K), bias: (N,) -> y: (M, N), h: (M, R), in x's dtype.
 
-    Any strides, contiguous results; 0 < M <= 16 and N, K, R > 0. h is what backward needs.
+    Any strides, contiguous results; 0 < M <= 16 and N, K, R > 0. h is kept for backward.
 
     Raises:
-        ValueError: more than 16 tokens, which one tile of rows does not hold.
+        ValueError: more than 16 tokens, too many for one tile of rows.
     """
     (M, K), N, R = x.shape, weight.shape[0], B.shape[0]
     if config.block_m < M:

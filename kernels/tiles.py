@@ -10,7 +10,7 @@ from fastlora.kernels.dropout import keep_mask
 def grouped_tile(pid, tiles_m, tiles_e, GROUP_M: tl.constexpr):
     """Map a program id to the tile (m, e), GROUP_M rows of tiles at a time.
 
-    Neighbouring programs then share rows of P and columns of Q, which stay in L2.
+    Neighbouring programs thus share rows of P and columns of Q, which stay in L2.
     """
     programs_in_group = GROUP_M * tiles_e
     first_m = (pid // programs_in_group) * GROUP_M
@@ -21,14 +21,14 @@ def grouped_tile(pid, tiles_m, tiles_e, GROUP_M: tl.constexpr):
 
 @triton.jit
 def tile_dot(a, b, acc):
-    """acc + a @ b in fp32: tensor cores for fp16/bf16 tiles, full precision (no tf32) for fp32 ones."""
+    """acc + a @ b in fp32: tensor cores for fp16/bf16 tiles, full precision (no TF32) for fp32 tiles."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 def in_eights(R: int, row_stride: int, rank_stride: int) -> bool:
-    """Whether R and row_stride of a matrix (rows, R) of contiguous ranks are multiples of 8, not both of 16.
+    """Whether a (rows, R) matrix has contiguous ranks, and R and row_stride multiples of 8, not both of 16.
 
-    Then the compiler has to be told by :func:`of_eights`: multiples of 16 Triton notes itself.
+    If so, :func:`of_eights` has to tell the compiler: Triton itself detects only multiples of 16.
     """
     return rank_stride == 1 and R % 8 == row_stride % 8 == 0 and R % 16 + row_stride % 16 > 0
 
@@ -46,10 +46,10 @@ def update_constants(u, v, block_r: int) -> dict[str, int | bool]:
 
 @triton.jit
 def of_eights(value, EIGHTS: tl.constexpr):
-    """``value``, which the compiler learns to be a multiple of 8 if EIGHTS.
+    """``value``, declared to the compiler as a multiple of 8 if EIGHTS.
 
-    Triton notes of an argument only whether it is one of 16: without this, an adapter of rank 8 or 24 would
-    be read element by element, and not by asynchronous copies.
+    Triton detects only whether an argument is a multiple of 16: without this, an adapter of rank 8 or 24
+    would be read element by element instead of by asynchronous copies.
     """
     return (value // 8) * 8 if EIGHTS else value
 
@@ -64,9 +64,9 @@ def update_tile(
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     U_EIGHTS: tl.constexpr, V_EIGHTS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """s * keep * (U @ V) of U: (M, R), V: (R, E): a (BLOCK_M, BLOCK_E) tile in fp32.
+    """A (BLOCK_M, BLOCK_E) tile of s * keep * (U: (M, R) @ V: (R, E)) in fp32.
 
-    first_e: the number of its first column.
+    first_e: the number of the tile's first column.
     """
     R = of_eights(R, U_EIGHTS or V_EIGHTS)
     stride_um = of_eights(stride_um, U_EIGHTS)
@@ -96,7 +96,7 @@ def add_product(
     offs_m, offs_e, mask_m, mask_e,
     BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """acc: (BLOCK_M, BLOCK_E) + the tile of P: (M, D) @ Q: (D, E)."""
+    """acc: (BLOCK_M, BLOCK_E) + the corresponding tile of P: (M, D) @ Q: (D, E)."""
     tl.assume(D > 0)  # Lets ptxas keep wgmma asynchronous: the loop below runs at least once.
     offs_d = tl.arange(0, BLOCK_D)
     p_ptrs = p_ptr + offs_m[:, None] * stride_pm + offs_d.to(tl.int64)[None, :] * stride_pd

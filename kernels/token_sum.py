@@ -1,7 +1,7 @@
 """token sum: G = s * drop(P).T @ U, the weight gradients (dA = dy.T @ h, dB = (x.T @ g).T).
 
-P: (M, D), U: (M, R), G: (D, R). Bound by the one pass over P. The tokens are split over programs, which
-write fp32 partial sums; a second kernel adds them in a fixed order, so the result is deterministic.
+P: (M, D), U: (M, R), G: (D, R). The single pass over P is the bottleneck. The tokens are split among programs
+that write fp32 partial sums; a second kernel adds them in a fixed order, so the result is deterministic.
 """
 
 import torch
@@ -12,7 +12,7 @@ from fastlora.kernels.configs import TokenSumConfig
 from fastlora.kernels.dropout import keep_mask
 from fastlora.kernels.tiles import in_eights, of_eights, tile_dot
 
-# A program takes four elements a thread: many programs, as each has a chain of loads, one for every split.
+# Four elements per thread, hence many programs: each is a chain of loads, one per split.
 _REDUCE_BLOCK, _REDUCE_WARPS = 256, 2
 
 
@@ -27,7 +27,7 @@ def token_sum_tile(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     U_EIGHTS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sums of the tokens of one split over ``BLOCK_D`` columns of P, all ranks."""
+    """Write the sum over the tokens of one split for ``BLOCK_D`` columns of P, all ranks."""
     R, stride_um = of_eights(R, U_EIGHTS), of_eights(stride_um, U_EIGHTS)
     split = split.to(tl.int64)
     first = split * tokens_per_split
@@ -92,7 +92,7 @@ def _reduce_kernel(partial_ptr, g_ptr, size, splits, scale, BLOCK: tl.constexpr)
 
 
 def reduce_partials(partial: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """partial: (splits, D, R), fp32, contiguous -> ``scale`` * its sum over splits: (D, R) in ``dtype``."""
+    """partial: (splits, D, R), fp32, contiguous -> ``scale`` * its sum over the splits: (D, R), ``dtype``."""
     splits, *shape = partial.shape
     g = torch.empty(shape, dtype=dtype, device=partial.device)
     size = g.numel()
@@ -114,8 +114,8 @@ def token_sum(
 ) -> torch.Tensor:
     """p: (M, D), u: (M, R) -> (D, R), or (R, D) if ``transposed``, in ``dtype``, contiguous.
 
-    Any strides; M, D, R > 0. ``seed``: int64 tensor of one element turns dropout of p on; its factor
-    1 / (1 - p) belongs into ``scale``.
+    Any strides; M, D, R > 0. ``seed``: int64 tensor of one element, turns on dropout of p; the factor
+    1 / (1 - p) must be part of ``scale``.
     """
     (M, D), R = p.shape, u.shape[1]
     tokens_per_split = triton.cdiv(triton.cdiv(M, config.splits), config.block_m) * config.block_m

@@ -1,7 +1,8 @@
-"""update: C += s * keep * (U @ V) in place, the dropped rank-R update of a product that the BLAS has made.
+"""update: C += s * keep * (U @ V) in place, the rank-R update with dropout of a product computed by the BLAS.
 
-U: (M, R), V: (R, E), C: (M, E) (dx = dy @ W, then += alpha * drop(g @ B)). Bound by the pass over C. Beside
-gemm's one launch this costs that pass, but leaves the product to the BLAS; no mask is written.
+U: (M, R), V: (R, E), C: (M, E) (dx = dy @ W, then += alpha * drop(g @ B)). The pass over C is the bottleneck.
+Unlike gemm's single launch, this needs that extra pass, but leaves the product to the BLAS; no mask is
+written.
 """
 
 import torch
@@ -30,7 +31,7 @@ def _update_kernel(
     mask_e = offs_e < E
     c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_e[None, :]
     mask = mask_m[:, None] & mask_e[None, :]
-    c = tl.load(c_ptrs, mask=mask, other=0.0)  # first, so that it is on its way during the rest
+    c = tl.load(c_ptrs, mask=mask, other=0.0)  # issued first, so that it overlaps the rest
     acc = update_tile(
         u_ptr, stride_um, stride_ur, v_ptr, stride_vr, stride_ve, R, scale,
         seed_ptr, keep_threshold, offs_m, offs_e, mask_m, mask_e, tile_e * BLOCK_E,
@@ -48,9 +49,9 @@ def add_update(
     seed: torch.Tensor,
     keep_threshold: int,
 ) -> torch.Tensor:
-    """c: (M, E) += scale * keep * (u: (M, R) @ v: (R, E)), in place; c of column stride 1, M, E, R > 0.
+    """c: (M, E) += scale * keep * (u: (M, R) @ v: (R, E)), in place; c has column stride 1; M, E, R > 0.
 
-    ``seed``: int64 tensor of one element; the factor 1 / (1 - p) belongs into ``scale``. Returns ``c``.
+    ``seed``: int64 tensor of one element; the factor 1 / (1 - p) must be part of ``scale``. Returns ``c``.
     """
     (M, E), R = c.shape, u.shape[1]
     _update_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(E, config.block_e),)](
