@@ -391,7 +391,7 @@ def _whole(tensor: Any) -> Tensor:
 def _config_of(model: nn.Module, layers: Mapping[str, FusedLoRALinear]) -> dict[str, object]:
     """The contents of a model's adapter_config.json."""
     if "" in map(_file_path, layers):
-        raise ValueError("save_adapter: the model itself is the adapted layer, which PEFT has no name for")
+        raise ValueError("save_adapter: the model itself is the adapted layer, so PEFT has no name for it")
     own = {_file_path(path): layer for path, layer in layers.items()}
     names = [name for _, name, _ in _file_modules(model)]
     saved = [_file_path(path) for path in saved_modules(model)]
@@ -451,7 +451,8 @@ def _target_modules(own: Iterable[str], names: Iterable[str], saved: Iterable[st
         if sorted(filter(selector.covers, names)) == own:
             return targets if isinstance(targets, str) else list(targets)
     raise ValueError(
-        f"save_adapter: PEFT cannot adapt {listing(own)} beside the modules to save {listing(list(saved))}"
+        f"save_adapter: PEFT cannot adapt {listing(own)} together with the modules to save "
+        f"{listing(list(saved))}"
     )
 
 
@@ -488,7 +489,7 @@ def _check_names(model: nn.Module) -> None:
     tied = [", ".join(names) for m, names in all_paths(model).items() if _is_adapted(m) and len(names) > 1]
     if tied:
         warnings.warn(
-            f"save_adapter: one layer has the names {'; '.join(tied)}, and PEFT would adapt the first alone",
+            f"save_adapter: one layer has the names {'; '.join(tied)}, and PEFT would adapt only the first",
             stacklevel=4,
         )
 
@@ -731,7 +732,7 @@ def _check_coverage(
     if uncovered:
         raise ValueError(
             f"load_adapter: the file does not cover {listing(uncovered)}, adapted or saved in this model; "
-            "load it into the base model"
+            "load the file into the base model"
         )
 
 

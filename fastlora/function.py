@@ -269,8 +269,8 @@ def check_arguments(
 
     if x.is_nested:
         raise ValueError(
-            "lora_linear: x is a nested tensor, expected a dense one: of the jagged layout pass x.values(), "
-            "and put the result together by torch.nested.nested_tensor_from_jagged(y, x.offsets())"
+            "lora_linear: x is a nested tensor, expected a dense one; for the jagged layout, pass x.values() "
+            "and rebuild the result with torch.nested.nested_tensor_from_jagged(y, x.offsets())"
         )
 
     def given() -> str:  # only for an error: compiled code cannot trace it
@@ -312,8 +312,8 @@ def check_arguments(
         advice = (
             "Call weight.requires_grad_(False), or train it with nn.Linear"
             if weight.is_leaf
-            else "This one is computed from another tensor: detach() it. FullyShardedDataParallel makes such "
-            "views of a flat parameter; use fully_shard (FSDP2)"
+            else "This one is computed from another tensor: call detach(). If it is a view of "
+            "FullyShardedDataParallel's flat parameter, use fully_shard (FSDP2) instead"
         )
         raise ValueError(
             f"lora_linear: weight {tuple(weight.shape)} requires a gradient, but it is frozen in a LoRA "

@@ -474,8 +474,8 @@ def group_projections(model: nn.Module) -> nn.Module:
         wanted = ", ".join("/".join(names) for names in SIBLINGS)
         adapted = [path for path, module in model.named_modules() if _adapted(module)]
         raise ValueError(
-            f"group_projections: found no siblings: looked for {wanted} in one module, two of them at least "
-            "adapted by apply_lora or, after get_peft_model, by fuse_peft; "
+            f"group_projections: found no siblings: expected at least two of {wanted} in one module, adapted "
+            "by apply_lora, or by get_peft_model and then fuse_peft; "
             + (f"adapted layers: {', '.join(adapted[:12])}" if adapted else "the model has no adapted layer")
         )
     ungroup_projections(model)

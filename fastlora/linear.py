@@ -86,7 +86,7 @@ def check_adapter_dtype(dtype: torch.dtype) -> None:
         raise TypeError(f"adapter_dtype must be a torch.dtype, got {dtype!r}")
     if dtype not in _DTYPES:
         raise ValueError(
-            f"adapters must be floating-point of 16, 32 or 64 bits, got {dtype}; give adapter_dtype"
+            f"adapters must be floating-point of 16, 32 or 64 bits, got {dtype}; pass adapter_dtype"
         )
 
 
@@ -187,7 +187,7 @@ class FusedLoRALinear(nn.Linear):
                 computed from other tensors or not floating-point; or the constructor rejects an argument.
         """
         if isinstance(linear, FusedLoRALinear):
-            raise ValueError(f"from_linear: the layer has an adapter already: {linear}")
+            raise ValueError(f"from_linear: the layer already has an adapter: {linear}")
         if type(linear) is not nn.Linear:
             raise TypeError(f"from_linear: expected exactly torch.nn.Linear, got {type(linear).__qualname__}")
         why = why_unusable(linear)
@@ -344,7 +344,7 @@ class FusedLoRALinear(nn.Linear):
         if unknown:
             raise ValueError(
                 f"{name}: {', '.join(unknown)} on the meta device, offloaded (by accelerate, say) or not "
-                "loaded yet; give the layer its values first"
+                "loaded yet; load the values first"
             )
 
     def _check_plain_weight(self, name: str) -> None:

@@ -56,7 +56,7 @@ def fuse_peft(model: nn.Module) -> nn.Module:
     layer_module, fused_class = _peft_layers(), _fused_class()
     linears = [m for m in model.modules() if type(m) in (layer_module.Linear, fused_class)]
     if not linears:
-        raise ValueError(f"fuse_peft: the model has no LoRA linear layer of PEFT's: {_what_it_has(model)}")
+        raise ValueError(f"fuse_peft: the model has no PEFT LoRA linear layer: {_what_it_has(model)}")
     for layer in linears:
         layer.__class__ = fused_class
     return model
@@ -161,7 +161,7 @@ def _what_it_has(model: nn.Module) -> str:
     if isinstance(configs, dict):
         others = sorted({getattr(config.peft_type, "value", config.peft_type) for config in configs.values()})
         return f"its PEFT adapters are of type {', '.join(others)}, not LORA"
-    return f"wrap it by peft.get_peft_model first; {targets.available_layers(model)}"
+    return f"wrap it with peft.get_peft_model first; {targets.available_layers(model)}"
 
 
 def _why_not(layer: LoraLayer) -> str:

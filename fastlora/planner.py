@@ -239,9 +239,7 @@ def make_plan(problem: Problem, mode: str = "auto") -> Plan:
     if mode != "auto":
         return _uniform_plan(problem, mode, f"use_path({mode!r})")
     if problem.device.kind == "cpu":
-        return _uniform_plan(
-            problem, "addmm", "CPU: the BLAS with beta = 1 makes one pass less over y and dx"
-        )
+        return _uniform_plan(problem, "addmm", "CPU: the BLAS with beta = 1 saves a pass over y and dx")
     if obstacle:
         return _uniform_plan(problem, "addmm", obstacle)
     if problem.dtype not in _HALF:
@@ -444,7 +442,7 @@ def _find(problem: Problem, product: str) -> measured.Finding | None:
     return measured.find(**_key(problem, product), M=problem.M, N=problem.N, K=problem.K)
 
 
-_SLOW = "the kernels are slow where a size is no multiple of 16"
+_SLOW = "the kernels are slow where a size is not a multiple of 16"
 
 
 def _estimated_step(problem: Problem, name: str) -> Step:
@@ -475,12 +473,12 @@ def _estimated_step(problem: Problem, name: str) -> Step:
 def _compare(problem: Problem, name: str, config) -> tuple[str, bool]:
     """The reason for a step's choice, and whether the kernel is estimated to be faster than addmm."""
     if not roofline_of(problem.device).loop_efficiency and _sizes(problem, name)[0] == "gemm":
-        return f"sm_{problem.device.capability}: no main loop of its own yet, cuBLAS with beta = 1", False
+        return f"sm_{problem.device.capability}: no dedicated main loop yet, cuBLAS with beta = 1", False
     triton, addmm = _times(problem, name, config)
     margin = (2 if _sizes(problem, name)[0] == "token_sum" else 1) * _MARGIN
     reason = f"{_estimated(problem)}: triton {triton * 1e6:.1f} us, addmm {addmm * 1e6:.1f} us"
     if triton <= addmm < triton + margin:
-        return f"{reason}, less than {margin * 1e6:.0f} us more", False
+        return f"{reason}, a lead below the margin of {margin * 1e6:.0f} us", False
     return reason, triton <= addmm
 
 

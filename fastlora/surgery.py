@@ -207,7 +207,7 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
     if untied:
         paths = [path for path, root in saved_modules(model).items() if root in untied]
         warnings.warn(
-            f"a weight that {listing(paths)} shared with another module is its own now, to be trained; "
+            f"{listing(paths)} shared a weight with another module and now has its own copy, to be trained; "
             "tie_weights() would undo that",
             stacklevel=3,
         )
@@ -376,8 +376,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     check_enabled(model, "merge_lora")
     if fully_sharded(model):
         raise ValueError(
-            "merge_lora: fully_shard holds the model's layers, which cannot be replaced; save_adapter, then "
-            "load_adapter and merge_lora on a model that is whole"
+            "merge_lora: the model is sharded by fully_shard, so its layers cannot be replaced; use "
+            "save_adapter, then load_adapter and merge_lora on an unsharded model"
         )
     shared = _shared_weights(model)
     for path, layer in layers.items():
@@ -426,7 +426,7 @@ def _keep_untied(model: nn.Module) -> None:
     if getattr(config, "is_encoder_decoder", False):
         # Some of these models read the flag in forward, and all tie more than these two by it.
         warnings.warn(
-            "merge_lora: the input embedding and the head have weights of their own since modules_to_save "
+            "merge_lora: the input embedding and the head no longer share a weight, because modules_to_save "
             "untied them. config.tie_word_embeddings stays True, as an encoder-decoder may depend on it; "
             "check that a saved model loads as it was (transformers before 5 would tie the two again)",
             stacklevel=3,
@@ -434,7 +434,7 @@ def _keep_untied(model: nn.Module) -> None:
     else:
         config.tie_word_embeddings = False
         warnings.warn(
-            "merge_lora: the input embedding and the head have weights of their own since modules_to_save "
+            "merge_lora: the input embedding and the head no longer share a weight, because modules_to_save "
             "untied them, so config.tie_word_embeddings is False now",
             stacklevel=3,
         )
@@ -453,7 +453,7 @@ def require_layers(model: nn.Module, function: str) -> dict[str, FusedLoRALinear
     layers = adapted_layers(model)
     if not layers:
         of_peft = any(type(m).__module__.startswith("peft.") for m in model.modules())
-        hint = "PEFT's own methods do this for its models" if of_peft else "apply_lora makes them"
+        hint = "for a PEFT model, use PEFT's own methods" if of_peft else "call apply_lora first"
         raise ValueError(f"{function}: the model has no adapted layer; {hint}")
     return layers
 

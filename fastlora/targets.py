@@ -154,7 +154,7 @@ def join_names(*parts: str) -> str:
 def find_targets(model: nn.Module, target_modules: str | Iterable[str], saved: Sequence[str]) -> list[str]:
     """The (first) names of the layers to adapt; ValueError if they are not exactly what was requested."""
     if isinstance(model, FusedLoRALinear):
-        raise ValueError(f"apply_lora: the model itself has an adapter already: {model}")
+        raise ValueError(f"apply_lora: the model itself already has an adapter: {model}")
     if isinstance(model, nn.Linear):
         raise ValueError(
             f"apply_lora: the model itself is the layer {model}, so it cannot be replaced in place; use "
@@ -173,7 +173,7 @@ def find_targets(model: nn.Module, target_modules: str | Iterable[str], saved: S
         if of_peft:
             raise ValueError(
                 f"target_modules: {ALL_LINEAR!r} of a model that PEFT has adapted, in {listing(of_peft)}; "
-                "use one or the other, or name the layers"
+                "use either PEFT or fastlora, or name the layers"
             )
         if not targets:
             raise ValueError(
@@ -288,7 +288,7 @@ def _why_not_adaptable(model: nn.Module, path: str, module: Any) -> str | None:
     if kind is not nn.Linear:
         return f"{kind.__qualname__}, expected exactly torch.nn.Linear"
     if path.rpartition(".")[2] == "_orig_mod":
-        return "torch.compile wraps this very layer and would go on calling it; compile after adapting"
+        return "torch.compile wraps this layer and would keep calling the original; compile after adapting"
     return why_unusable(module)
 
 

@@ -693,16 +693,18 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR_OR_NAME", help="the linear layers of a transformers model or a PEFT adapter"
     )
     parser.add_argument(
-        "--tokens", nargs="+", type=positive, default=TOKENS, help="M where --shapes is not given"
+        "--tokens", nargs="+", type=positive, default=TOKENS, help="values of M where --shapes is not given"
     )
     parser.add_argument(
-        "--ranks", nargs="+", type=positive, default=RANKS, help="R where nothing else gives it"
+        "--ranks", nargs="+", type=positive, default=RANKS, help="values of R where nothing else gives it"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--out", type=Path, help="file to write, the one that plan reads if not given")
-    parser.add_argument("--minutes", type=minutes, default=math.inf, help="start no shape after so long")
+    parser.add_argument("--out", type=Path, help="file to write (default: the one that plan reads)")
     parser.add_argument(
-        "--resume", action="store_true", help="leave out what the file has rows of, measured on this GPU"
+        "--minutes", type=minutes, default=math.inf, help="start no further shape after this many minutes"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="skip what already has rows of this GPU in the file"
     )
     parser.add_argument("--list", action="store_true", help="only list what would be measured")
     return parser
@@ -733,7 +735,7 @@ def main(
         print("\n".join(f"{str(dtype).removeprefix('torch.'):<9} {shape}" for dtype, shape in jobs))
         return 0
     if device is None and not torch.cuda.is_available():
-        return _give_up("there is no GPU here to measure; on a CPU fastlora always takes the BLAS")
+        return _give_up("there is no GPU here to measure; on a CPU fastlora always uses the BLAS")
     device = device or torch.device("cuda", torch.cuda.current_device())
     described = described or describe(device)
     obstacle = planner.why_not_triton(Problem(described, jobs[0][0], 1, 1, 1, 1))
@@ -741,7 +743,7 @@ def main(
         return _give_up(f"nothing to choose: {obstacle}")
     path = options.out or measured.user_file()
     if path is None:
-        return _give_up("no home folder to write to: give --out FILE")
+        return _give_up("no home folder to write to; use --out FILE")
     rows, skipped, done = [], [], 0
     interrupted = False
     in_time = _until(time.monotonic() + 60 * options.minutes, _with_progress(jobs))
@@ -755,7 +757,7 @@ def main(
         interrupted = True
     except DeviceLost as lost:
         return _give_up(
-            f"the GPU stopped: {lost}. This path will not be chosen, nor run again; the rows so far are in "
+            f"the GPU stopped: {lost}. This path will not be chosen or run again; the rows so far are in "
             f"{path}, --resume goes on"
         )
     except OSError as error:

@@ -1168,7 +1168,10 @@ class TestModelFunctions:
 
     def test_nothing_to_group(self):
         for model, message in (
-            (nn.Sequential(Parent()), "looked for q_proj/k_proj/v_proj, .*the model has no adapted layer"),
+            (
+                nn.Sequential(Parent()),
+                "at least two of q_proj/k_proj/v_proj, .*the model has no adapted layer",
+            ),
             (adapted(targets=["k_proj", "gate_proj"]), "adapted layers: 0.k_proj, 0.gate_proj"),
         ):
             with pytest.raises(ValueError, match=f"^group_projections: found no siblings: .*{message}"):

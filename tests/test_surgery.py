@@ -817,7 +817,7 @@ class TestDisableAdapter:
             fastlora.merge_lora,
             fastlora.adapter_state_dict,
         ):
-            with pytest.raises(ValueError, match="no adapted layer; PEFT's own methods do this"):
+            with pytest.raises(ValueError, match="no adapted layer; for a PEFT model, use PEFT"):
                 function(wrapped)
 
     def test_merged_layers(self):
