@@ -2,15 +2,16 @@
 
     python3 .ci/environment.py [--python PATH] EXTRA MODULE [ARGUMENT ...]
 
-Without --python, `.venv` is made beside the Makefile, and torch, Triton and the requirements of EXTRA (an
-optional dependency group of pyproject.toml) are installed there: the CPU build of torch where there is no
-NVIDIA driver. A stamp in `.venv` remembers what was installed, so that the next call starts no installer.
+Without --python, `.venv` is created next to the Makefile, and torch, Triton and the requirements of EXTRA (an
+optional dependency group of pyproject.toml) are installed there, with the CPU build of torch if there is no
+NVIDIA driver. A stamp in `.venv` records what was installed, so that the next call need not run pip.
 
-With --python, that environment is used as it is. Its torch, Triton and every other package that is already
-there are left alone; small packages that are missing are added, and anything else that does not fit is an
-error that names it.
+With --python, that environment is used as it is. torch, Triton and every other package that is already there
+are left alone; small packages that are missing are added, and anything else that does not fit is an error
+that names it.
 
-Only the standard library is used, in a form that older Pythons can read and then say that they are too old.
+Only the standard library is used, in syntax that older Pythons can parse, so that they can report that they
+are too old.
 """
 
 import argparse
@@ -30,12 +31,12 @@ OLDEST_PYTHON = (3, 10)
 
 TRITON = "triton==3.6.0"
 TORCH_FOR_CPU = "torch==2.13.0+cpu"
-TORCH_FOR_GPU = "torch==2.11.0"  # the release that asks for Triton 3.6.0 itself
-TORCH_ELSEWHERE = "torch==2.13.0"  # macOS: there the ordinary build has no CUDA
-NEVER_INSTALLED = ("torch", "triton")  # in an environment that was given to us
+TORCH_FOR_GPU = "torch==2.11.0"  # the release that itself requires Triton 3.6.0
+TORCH_ELSEWHERE = "torch==2.13.0"  # macOS, where the ordinary build has no CUDA
+NEVER_INSTALLED = ("torch", "triton")  # in an environment given by --python
 
-# As plain `pytest` does, and unlike `python -m pytest`, keep the current folder off the import path: a public
-# package is called `kernels`, as one of our folders is, and other libraries look for it.
+# Like plain `pytest`, but unlike `python -m pytest`, keep the current folder off the import path: one of our
+# folders has the name of a public package, `kernels`, which other libraries look for.
 RUN_MODULE = (
     "import runpy, sys; sys.path = [p for p in sys.path if p]; "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
@@ -44,7 +45,7 @@ RUN_MODULE = (
 # The lines of pip's output that are shown; the log has all of them.
 SHOWN = ("Collecting", "  Downloading", "  Building", "Successfully", "ERROR", "  ERROR", "WARNING: Retrying")
 
-# Runs inside the environment that was given: what it has, without importing any of it.
+# Runs inside the given environment to list what it has, without importing any of it.
 DESCRIBE = """
 import importlib.metadata as metadata, json, platform, sys
 from importlib.util import find_spec
@@ -79,7 +80,7 @@ def requirements_of(extra):
 
 
 def toml_list(text, key):
-    """The strings of `key = [...]`. Python 3.10 has no TOML reader, and this much of it is enough here."""
+    """The strings of `key = [...]`. Python 3.10 has no TOML parser, and this is enough here."""
     match = re.search(rf"^{re.escape(key)} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
     if not match:
         fail(f"pyproject.toml has no list called {key!r}")
@@ -88,7 +89,7 @@ def toml_list(text, key):
 
 
 def unmet(requirements, versions, system):
-    """(name, requirement, installed version or None) of each requirement that `versions` does not meet."""
+    """(name, requirement, installed version or None) for each requirement that `versions` does not meet."""
     result = []
     for requirement in requirements:
         specifier, _, marker = requirement.partition(";")
@@ -108,7 +109,7 @@ def holds(installed, sign, bound):
 
 
 def release(version):
-    """'2.13.0+cpu' -> (2, 13), trailing zeros dropped so that 2.0 equals 2."""
+    """'2.13.0+cpu' -> (2, 13): trailing zeros are dropped so that 2.0 equals 2."""
     numbers = [int(n) for n in re.match(r"\d+(\.\d+)*", version).group(0).split(".")]
     while numbers and numbers[-1] == 0:
         numbers.pop()
@@ -119,7 +120,7 @@ def release(version):
 
 
 def pip_install(python, what, log):
-    """Run pip, show its main lines and log all. Return (exit status, lines)."""
+    """Run pip, show its main lines and log all lines. Return (exit status, lines)."""
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     lines = []
     with open(log, "a", encoding="utf-8") as file:
@@ -135,7 +136,7 @@ def pip_install(python, what, log):
 
 
 def install(python, what, log):
-    """Install, or end with the package that failed and pip's own reason."""
+    """Install, or exit with the package that failed and pip's own reason."""
     status, lines = pip_install(python, what, log)
     if status:
         fail(f"{explain(what, lines)}\n  all of pip's output: {log}")
@@ -166,7 +167,7 @@ def has_nvidia_driver():
 
 
 def base_python():
-    """This Python, or a newer one on the path where this one is too old."""
+    """This Python or, if it is too old, a newer one on the path."""
     if sys.version_info >= OLDEST_PYTHON:
         return sys.executable
     for minor in (13, 12, 11, 10, 14):
@@ -195,7 +196,7 @@ def make_venv():
 
 
 def install_torch(python, log):
-    """Install torch and Triton. Return their requirement strings, which hold them in place afterwards."""
+    """Install torch and Triton. Return their requirement strings, which pin them afterwards."""
     if platform.system() != "Linux":
         install(python, [TORCH_ELSEWHERE], log)
         return [TORCH_ELSEWHERE]
@@ -209,7 +210,7 @@ def install_torch(python, log):
             torch = TORCH_FOR_CPU
         elif any(line.startswith("WARNING: Retrying") for line in lines) or not any(
             "No matching distribution found for torch==" in line for line in lines
-        ):  # not for want of a CPU build: a larger download would not mend it
+        ):  # The cause is not a missing CPU build, so a larger download would not help.
             fail(f"{explain([TORCH_FOR_CPU], lines)}\n  all of pip's output: {log}")
         else:
             say("pip's configured indexes offer no CPU build of torch for this Python.")
@@ -240,11 +241,11 @@ def prepare_own(extra):
 
 
 def prepare_given(python, extra):
-    """Check the environment of `python`, and add small packages that it lacks. Return its Python."""
+    """Check the environment of `python` and add small packages that it lacks. Return its Python."""
     found = shutil.which(python)
     if found is None:
         fail(f"PYTHON={python} is not a program")
-    # Not resolved further: through the link of a virtual environment lies the Python that it was made from.
+    # Links are not resolved: a virtual environment's link leads to the Python that it was made from.
     found = os.path.abspath(found)
     described = subprocess.run([found, "-c", DESCRIBE], stdout=subprocess.PIPE, text=True, cwd="/")
     if described.returncode:
@@ -271,7 +272,7 @@ def prepare_given(python, extra):
     cache = ROOT / ".cache"
     cache.mkdir(exist_ok=True)
     if missing:
-        # Holding every version that is there keeps pip from replacing one of them.
+        # Pinning every installed version keeps pip from replacing any of them.
         pins = cache / "installed.txt"
         pins.write_text("".join(f"{n}=={v}\n" for n, v in has["versions"].items() if n != "fastlora-triton"))
         small = [requirement for _, requirement, _ in missing]

@@ -1,4 +1,4 @@
-"""The rows that a benchmark writes, their CSV form, and the environment they are stamped with."""
+"""The rows that a benchmark writes, their CSV form, and the environment that they are stamped with."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def environment(device: torch.device) -> Environment:
 
 
 def source_digest(*folders: str) -> str:
-    """Of the Python files of ``folders``, by default the package, its kernels and the tests."""
+    """Digest of the Python files in ``folders``, by default the package, its kernels and the tests."""
     digest = hashlib.sha256()
     for folder in folders or ("fastlora", "kernels", "tests"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -62,7 +62,7 @@ def source_digest(*folders: str) -> str:
 
 
 def _output_of(*command: str) -> str:
-    """First line a command prints; "unknown" where it is missing or fails."""
+    """The first line that a command prints; "unknown" if the command is missing or fails."""
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -71,10 +71,10 @@ def _output_of(*command: str) -> str:
 
 
 def _commit() -> str:
-    # A copy of the checkout may belong to another user, whom git does not trust by itself.
+    # A copy of the checkout may belong to another user, which git does not trust by default.
     git = ("git", "-c", f"safe.directory={ROOT}")
     commit = _output_of(*git, "rev-parse", "--short=12", "HEAD")
-    # Another repository around an unpacked archive would answer too.
+    # A different repository that contains an unpacked archive would answer too.
     if commit == UNKNOWN or not (ROOT / ".git").exists():
         return f"source-{source_digest()[:12]}"
     changed = _output_of(*git, "status", "--porcelain", "--untracked-files=no") != UNKNOWN
@@ -103,15 +103,15 @@ def _cpu_name() -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One provider on one shape and mode; figures are None where nothing was measured, status says why.
+    """One provider on one shape and mode; figures that were not measured are None, and status says why.
 
     timer: "cpu" (perf_counter), "graph" (CUDA graph replay), "eager" (CUDA events) or "host" (host time of
-    the calls). ratio: to the frozen linear, median over the rounds; ratio_low and ratio_high its quartiles.
-    spread: distance of the quartiles of the time over its median. peak_mib: device memory that one training
-    step takes. saved_mib: kept for backward beyond x and the parameters.
+    the calls). ratio: to the frozen linear, median over the rounds; ratio_low and ratio_high: its quartiles.
+    spread: the interquartile range of the time divided by its median. peak_mib: device memory that one
+    training step takes. saved_mib: memory kept for backward besides x and the parameters.
 
-    N of a group is the sum of its layers' output features; a decoder layer ("model") has its sequence's
-    length as N and its hidden size as K.
+    N of a group is the sum of its layers' output features; a decoder layer ("model") has its sequence length
+    as N and its hidden size as K.
     """
 
     section: str
@@ -149,9 +149,9 @@ def _text(value: object) -> object:
 
 
 class CsvWriter:
-    """Writes a CSV file and flushes every row, so that a run that is stopped keeps what it measured.
+    """Writes a CSV file and flushes after every write, so that a run that is stopped keeps what it measured.
 
-    ``append``: after the rows of a file of the same columns, if there is one (ValueError if its are others).
+    ``append``: to an existing file, if there is one; ValueError if its columns differ.
     """
 
     def __init__(self, path: Path, stamp: Environment, *, append: bool = False) -> None:
@@ -190,7 +190,7 @@ def _value(column: str, text: str) -> object:
 def read_csv(path: Path) -> tuple[list[Row], str]:
     """The rows of a file that CsvWriter wrote, and its stamp as a line of text ("" if there are no rows).
 
-    ValueError if the columns are others.
+    ValueError if the columns differ.
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -205,7 +205,7 @@ def read_csv(path: Path) -> tuple[list[Row], str]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The rows of which no later one has the same shape, mode, timer and provider."""
+    """The latest row for each shape, mode, timer and provider."""
     last = {}
     for row in rows:
         shape = (row.section, row.M, row.N, row.K, row.R, row.dtype, row.bias, row.dropout)
@@ -222,10 +222,10 @@ PEFT, PEFT_ALIKE = "peft", "peft-same-dtype"
 
 
 def ratio_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
-    """Ratio to the floor, providers against modes, a block for each (section, dtype, timer, rank).
+    """Ratio to the floor, providers by modes, one block for each (section, dtype, timer, rank).
 
-    A cell is the geometric mean over the block's shapes and the worst of them. A provider that was not timed
-    on all of the block's shapes has their number behind it: such means do not compare with the others.
+    A cell has the geometric mean over the block's shapes and the worst shape's ratio. If a provider was not
+    timed on all of the block's shapes, their number follows: such means are not comparable with the others.
     ``timers``: only these.
     """
     blocks: dict[tuple, dict[str, dict[str, list[float]]]] = {}
@@ -255,11 +255,11 @@ def _cell(ratios: Sequence[float], shapes: int) -> str:
 
 
 def step_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
-    """The training steps of section "model": time, tokens a second, PEFT's times over it, memory.
+    """The training steps of section "model": time, tokens per second, PEFT's times over it, memory.
 
-    PEFT's adapters are float32 by default, and then its products are too; "alike" are those of the base's.
+    PEFT's adapters, and therefore its products, are float32 by default; "alike" has the base's dtype.
 
-    A block for each (shape, dtype, timer). ``timers``: only these.
+    One block for each (shape, dtype, timer). ``timers``: only these.
     """
     blocks: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -287,7 +287,7 @@ def step_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
 
 
 def noise_warning(rows: Iterable[Row], allowed: float = 1.05) -> str | None:
-    """A line for the reader if the floor, timed twice in a run, differs from itself by too much."""
+    """A warning line if the floor, timed twice in a run, differs too much from itself."""
     ratios = [max(row.ratio, 1 / row.ratio) for row in rows if row.provider == NOISE and row.ratio]
     noisy = sum(ratio > allowed for ratio in ratios)
     if not noisy:

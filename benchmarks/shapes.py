@@ -8,7 +8,7 @@ from itertools import product
 
 @dataclass(frozen=True)
 class Shape:
-    """One LoRA layer and batch: M tokens, N output features, K input features, rank R."""
+    """One LoRA layer and one batch: M tokens, N output features, K input features, rank R."""
 
     M: int
     N: int
@@ -34,7 +34,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class GroupShape:
-    """Layers of one input: M tokens, output features ``widths``, K input features, each of rank R."""
+    """Layers that share an input: M tokens, output features ``widths``, K input features, each of rank R."""
 
     M: int
     widths: tuple[int, ...]
@@ -47,7 +47,7 @@ class GroupShape:
 
     @property
     def N(self) -> int:
-        """Output features of all layers together."""
+        """Total output features of all layers."""
         return sum(self.widths)
 
     def __str__(self) -> str:
@@ -66,9 +66,9 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder layer of Llama 3's proportions on ``batch`` sequences, each of its linear layers of rank R.
+    """A decoder layer of Llama 3's proportions on ``batch`` sequences; each linear layer has rank R.
 
-    The row of a result has the tokens as M, the sequence's length as N and the hidden size as K.
+    The rows of its results have the tokens as M, the sequence length as N and the hidden size as K.
     """
 
     batch: int
@@ -96,7 +96,7 @@ class ModelShape:
 
     @property
     def heads(self) -> int:
-        """Of 128 features as in the 8B model, of fewer in small ones; a quarter as many for key and value."""
+        """Heads of 128 features as in the 8B model, of fewer in small ones; four times the kv_heads."""
         return max(4, self.hidden // 128)
 
     @property
@@ -129,7 +129,7 @@ AnyShape = Shape | GroupShape | ModelShape
 
 
 def parse(text: str) -> AnyShape:
-    """A shape of the kind that ``text`` is written as: M,N,K,R or M,N+N+N,K,R or BATCHxSEQUENCE,K,R."""
+    """The shape that ``text`` describes: M,N,K,R or M,N+N+N,K,R or BATCHxSEQUENCE,K,R."""
     kind = ModelShape if "x" in text else GroupShape if "+" in text else Shape
     return kind.parse(text)
 
@@ -146,35 +146,35 @@ CPU_RANKS = (8, 64)
 
 
 def llm_shapes(tokens=TRAINING_TOKENS, features=LLM_FEATURES, ranks=LLM_RANKS) -> list[Shape]:
-    """Every combination, in the order of the arguments: ranks vary slowest, then tokens, then (N, K)."""
+    """Every combination, each in the given order: ranks vary slowest, then tokens, then (N, K)."""
     return [Shape(M, N, K, R) for R, M, (N, K) in product(ranks, tokens, features)]
 
 
-# Most telling first, so that a run which ends inside its minutes has measured what matters most.
+# Most informative first, so that a run that has to stop early has measured what matters most.
 TRAINING_SHAPES = llm_shapes(tokens=(8192, 4096, 512), ranks=(16, 64, 128, 8))
 DECODE_SHAPES = llm_shapes(tokens=DECODE_TOKENS, ranks=(16, 8, 64, 128))
 
-# Square layers of small encoders, short enough for two CPU cores.
+# Square layers of small encoders, quick enough for two CPU cores.
 CPU_SHAPES = [Shape(M, K, K, R) for K, M, R in product(CPU_FEATURES, CPU_TOKENS, CPU_RANKS)]
 
-# Odd sizes on purpose: for a dry run of the GPU script on a CPU.
+# For a dry run of the GPU script on a CPU; odd sizes on purpose.
 TINY_SHAPES = [Shape(33, 40, 48, 4), Shape(5, 24, 17, 3)]
 
-# q/k/v of Llama 3 8B, its gate/up, and q/k/v of the 70B model, as (widths, K).
+# As (widths, K): q/k/v of Llama 3 8B, its gate/up, and q/k/v of the 70B model.
 LLM_GROUPS = (((4096, 1024, 1024), 4096), ((14336, 14336), 4096), ((8192, 1024, 1024), 8192))
 GROUP_SHAPES = [
     GroupShape(M, widths, K, R)
     for R, M, (widths, K) in product((16, 64, 128), (8192, 4096, 512, *DECODE_TOKENS), LLM_GROUPS)
 ]
 
-# q/k/v of a small encoder, of a small decoder with grouped heads, and gate/up.
+# q/k/v of a small encoder and of a small decoder with grouped heads, and gate/up.
 CPU_GROUPS = (((768, 768, 768), 768), ((1024, 256, 256), 1024), ((1536, 1536), 512))
 CPU_GROUP_SHAPES = [
     GroupShape(M, widths, K, R) for M, R, (widths, K) in product((1, 64, 512), (8, 64), CPU_GROUPS)
 ]
 TINY_GROUP_SHAPES = [GroupShape(33, (40, 24, 16), 48, 4), GroupShape(16, (24, 9), 17, 3)]
 
-# One layer of Llama 3 8B; the longest total first, as above.
+# One layer of Llama 3 8B; the most informative first, as above.
 MODEL_SHAPES = [ModelShape(b, s, 4096, 16) for b, s in ((2, 4096), (1, 4096), (4, 2048), (8, 512))]
 CPU_MODEL_SHAPES = [ModelShape(b, s, 384, 16) for b, s in ((4, 128), (1, 64))]
 TINY_MODEL_SHAPES = [ModelShape(2, 24, 32, 4)]

@@ -1,11 +1,11 @@
-"""Makes this checkout importable as `fastlora` and `fastlora.kernels` without an install.
+"""Makes this checkout importable as `fastlora` and `fastlora.kernels` without installing it.
 
     import source_tree; source_tree.install()
     python benchmarks/source_tree.py -m pytest tests -m cuda
     python benchmarks/source_tree.py -m fastlora
 
-The repository root never joins sys.path: its `kernels` folder would hide a public package of that name from
-the libraries that look for it.
+The repository root is never added to sys.path: its `kernels` folder would hide a public package of that name
+from the libraries that look for it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class _CheckoutFinder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Lets `import fastlora` find this checkout in this process, before any other package of that name.
+    """Let `import fastlora` find this checkout in this process, before any other package of that name.
 
     Imports nothing itself, so TRITON_INTERPRET can still be set afterwards. Calling it again does nothing.
-    RuntimeError if another `fastlora` was imported before.
+    RuntimeError if another `fastlora` has already been imported.
     """
     loaded = sys.modules.get("fastlora")
     if loaded is not None and Path(loaded.__file__ or "").resolve().parent != PACKAGES["fastlora"]:
@@ -48,12 +48,12 @@ def install() -> None:
 
 
 def main() -> None:
-    """Runs a module as `python -m` does, with the checkout importable."""
+    """Run a module as `python -m` does, with the checkout importable."""
     if len(sys.argv) < 3 or sys.argv[1] != "-m":
         sys.exit("usage: python benchmarks/source_tree.py -m MODULE [ARGUMENT ...]")
     module = sys.argv[2]
     install()
-    # argparse would take a second -m (pytest's own) for the first.
+    # Not by argparse, which would confuse a second -m (pytest's own) with the first.
     sys.argv = sys.argv[2:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -1,11 +1,11 @@
-"""What the compiler says of every shipped kernel configuration, without a GPU: static.csv.
+"""What the compiler reports about every shipped kernel configuration, without a GPU: static.csv.
 
     python benchmarks/static.py --out DIR [--arch 80 86 89 90 100 120]
 
 Each row is one kernel with the configuration that ``fastlora.kernels.configs`` selects for one case on one
-architecture, compiled as the launcher would (16-byte aligned pointers, strides and sizes that are multiples
-of 16), with registers, spills and warnings as ptxas reports them and instructions counted in its machine
-code. ``tests/test_aot.py`` reads the same rows.
+architecture, compiled as the launcher would compile it (16-byte aligned pointers, strides and sizes that are
+multiples of 16). Registers, spills and warnings are those that ptxas reports; instructions are counted in the
+machine code. ``tests/test_aot.py`` uses the same rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-# The interpreter replaces the compiler in a process that has it on.
+# When enabled, the interpreter replaces the compiler in the whole process.
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
@@ -35,17 +35,17 @@ from fastlora.kernels.tiles import in_eights
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 RANKS = (8, 32, 64, 128, 256)
-# Tokens: a decoding step, a short prompt and a training batch, each with tile shapes of its own.
+# Tokens: a decoding step, a short prompt and a training batch, each with its own tile shapes.
 ROWS = (16, 64, 8192)
 FEATURES = 4096
-# Out-features that give the one-launch kernel each of its widths on SMS multiprocessors.
+# Output features for which the one-launch kernel uses each of its widths on SMS multiprocessors.
 SMALL_FEATURES = (1024, 4096, 14336)
 SMS = 132
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on one architecture. ``adapter``: the adapters' dtype where it differs from ``dtype``."""
+    """One kernel on one architecture. ``adapter``: the adapters' dtype, which may differ from ``dtype``."""
 
     kernel: str
     arch: int
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def eights(self) -> bool:
-        """Whether the launcher sees rank and row stride of h, g and A as multiples of 8, not of 16."""
+        """Whether the launcher treats the rank and row stride of h, g and A as multiples of 8, not of 16."""
         return in_eights(self.R, self.R, 1)
 
 
@@ -91,7 +91,7 @@ class Row:
 
 
 def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
-    """Every configuration that ``configs`` can select for half precision, every variant of each kernel."""
+    """Every configuration that ``configs`` can select for half precision, in every variant of each kernel."""
     found = []
     for arch in archs:
         for R in RANKS:
@@ -115,7 +115,7 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
         found += [
             Case("small", arch, 16, 16, dtype="fp16", adapter="fp32", features=N) for N in SMALL_FEATURES
         ]
-        # A wider adapter takes more shared memory: at high ranks it has configurations of its own.
+        # A wider adapter takes more shared memory: at high ranks, it has its own configurations.
         for R in (32, 64, 128, 256):
             found.append(Case("update", arch, 8192, R, adapter="fp32", dropout=True, backward=True))
             for M in (16, 4096, 8192):
@@ -125,11 +125,13 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
                 found.append(Case("backward", arch, M, R, adapter="fp32", backward=True))
             found += [Case("small", arch, 16, R, adapter="fp32", features=N) for N in SMALL_FEATURES]
         found.append(Case("backward", arch, 8192, 16, dtype="fp16", adapter="fp32", backward=True))
-        # Sums of ranks that take one block of each size, and several.
+        # Sums of ranks that need one block of each size, and several blocks.
         for R, branches in ((16, 2), (32, 3), (64, 4), (192, 3)):
             found += [Case("group_dx", arch, M, R, branches=branches, backward=True) for M in ROWS]
         found += [Case("group_dx", arch, M, 48, dropout=True, branches=3, backward=True) for M in ROWS]
-        found.append(Case("group_dx", arch, 8192, 48, dtype="fp16", branches=3, backward=True))
+        found.append(
+            Case("group_dx", arch, 8192, 48, dtype="fp16", adapter="fp16", branches=3, backward=True)
+        )
         if arch == 90:
             found += [
                 Case("hopper", arch, 8192, R, backward=dx) for R in (16, *RANKS[1:]) for dx in (False, True)
@@ -156,7 +158,7 @@ def _project_source(case: Case):
 
 def _gemm_source(case: Case):
     config = configs.select_gemm(case.arch, case.M, FEATURES, case.R, 2, case.dropout)
-    # Forward reads W: (N, K) and A: (N, R) transposed, backward W and B: (R, K) as they lie.
+    # Forward reads W: (N, K) and A: (N, R) transposed, backward reads W and B: (R, K) untransposed.
     matrix = ("i32", 1) if case.backward else (1, "i32")
     signature = {
         "p_ptr": f"*{case.dtype}", "stride_pm": "i32", "stride_pd": 1,
@@ -290,13 +292,13 @@ _SOURCES = {
     "update": _update_source,
     "hopper": _hopper_source,
 }
-# Arguments that the launcher never sees as multiples of 16; the others it does, but for a rank or a number of
-# rows that is none.
+# In these cases, the launcher sees all other pointers, sizes and strides as multiples of 16, except for a number
+# of rows, or what equals the rank, if it is not such a multiple.
 _NEVER_DIVISIBLE = {"keep_threshold", "scale"}
 
 
 def compile_case(case: Case) -> Row:
-    """Compile one case for its architecture and read what ptxas and the disassembler say of it."""
+    """Compile one case for its architecture and read what ptxas and the disassembler report about it."""
     kernel, arguments, config = _SOURCES[case.kernel](case)
     signature, constexprs, attrs = {}, {}, {}
     for index, (name, value) in enumerate(arguments.items()):
@@ -343,7 +345,7 @@ def compile_case(case: Case) -> Row:
 
 
 def _ptxas(ptx: str) -> tuple[int, int, str]:
-    """Registers a thread, bytes spilled and the numbers of ptxas's warnings (C75xx: wgmma serialised)."""
+    """Registers per thread, bytes spilled and the numbers of ptxas's warnings (C75xx: wgmma serialised)."""
     arch = re.search(r"\.target (sm_\w+)", ptx).group(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
@@ -361,7 +363,7 @@ def _ptxas(ptx: str) -> tuple[int, int, str]:
 
 
 def _instructions(cubin: bytes) -> tuple[str, int, int]:
-    """The matrix instruction of the machine code, how often it stands there, and asynchronous copies."""
+    """The machine code's matrix instruction, its count, and the count of asynchronous copies."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,6 +1,6 @@
-"""The three kinds of problem that the benchmarks measure, each with its providers and modes.
+"""The three kinds of problems that the benchmarks measure, each with its providers and modes.
 
-Another kind needs a shape, a problem with the members of :class:`problem.AnyProblem`, and providers.
+A new kind needs a shape, a problem with the members of :class:`problem.AnyProblem`, and providers.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from providers import FLOOR, PROVIDERS, Provider
 from shapes import DECODE_TOKENS, AnyShape, GroupShape, ModelShape, Shape
 
 TRAINING = ("forward", "backward", "both")
-# Inference of one layer is worth a look where the host's share of a call shows.
+# Up to this many tokens, inference of one layer is measured: there the host's share of a call matters.
 INFERENCE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Kind:
-    """``make``: the problem of a shape, called like :func:`problem.make_problem`. ``modes``: of a shape."""
+    """``make``: a shape's problem, called like :func:`problem.make_problem`. ``modes``: a shape's modes."""
 
     providers: Mapping[str, Provider]
     make: Callable[..., AnyProblem]
@@ -49,9 +49,9 @@ KINDS: dict[type[AnyShape], Kind] = {
 
 
 def select(names: str | None) -> dict[type[AnyShape], list[Provider]]:
-    """The providers of a comma-separated list, for each kind those that it has, the floor always among them.
+    """The providers in a comma-separated list, for each kind those that it has, always including the floor.
 
-    None: all. ValueError that lists the known names if no kind has one of the names.
+    None: all. ValueError that lists the known names if some name belongs to no kind.
     """
     known = dict.fromkeys(name for kind in KINDS.values() for name in kind.providers)
     wanted = known.keys() if names is None else {name.strip() for name in names.split(",")}

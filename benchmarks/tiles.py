@@ -1,8 +1,8 @@
-"""Tile shapes of the kernels beside the shipped ones: what fastlora/kernels/configs.py should select.
+"""Measures other tile shapes than the shipped ones: which should fastlora/kernels/configs.py select?
 
-The candidates of a product are first compiled and checked by processes beside this one, which share Triton's
-cache with it: one that breaks the GPU costs its share, and compiling takes a fraction of its time. Those that
-are right are then timed in turns with the shipped shape and the BLAS call.
+The candidates of a product are first compiled and checked by separate processes that share Triton's cache
+with this one: compiling takes a fraction of the time, and a candidate that breaks the GPU costs only its
+share. Those that are right are then timed alternating with the shipped shape and the BLAS call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import source_tree
 
-source_tree.install()  # a worker process starts here
+source_tree.install()  # also needed in the worker processes, which import this module
 
 import torch  # noqa: E402
 from measure import Measurement, Plan, base_row, one_line  # noqa: E402
@@ -33,7 +33,7 @@ from fastlora.kernels import configs  # noqa: E402
 
 # Seconds that the processes may take for the candidates of one product and shape.
 CHECK_SECONDS = 90.0
-# What is tried of each kernel; the other fields stay as they are shipped.
+# The values tried for each kernel; the other fields keep their shipped values.
 GRIDS: dict[type, dict[str, tuple[int, ...]]] = {
     configs.ProjectConfig: {
         "block_m": (16, 32, 64, 128),
@@ -69,16 +69,16 @@ GRIDS: dict[type, dict[str, tuple[int, ...]]] = {
         "num_stages": (3, 4),
     },
 }
-# Programs a multiprocessor, or rows of a region, against the shipped number.
+# Factors on the shipped number of splits (programs per multiprocessor) or of rows per region.
 FACTORS = {configs.TokenSumConfig: ("splits", (0.5, 1, 2)), configs.BackwardConfig: ("rows", (0.5, 1, 2))}
-# fp32 sums a thread may hold: more spill.
+# fp32 sums that a thread may hold: more would spill.
 MOST_SUMS = 128
-# Processes that compile and check, and lines of a table.
+# Maximum number of processes that compile and check; lines per table.
 MOST_WORKERS, FASTEST = 14, 3
 
 
 def work() -> list[tuple[str, Shape]]:
-    """(product, shape) of everything that is swept on a GPU, the most telling first."""
+    """(product, shape) of everything that is swept on a GPU, the most informative first."""
     square = [(M, 4096, 4096) for M in (8192, 4096)]
     found = []
     for R in (16, 64, 128):
@@ -96,7 +96,7 @@ def text(config: configs.Config) -> str:
 
 
 def candidates(shipped: configs.Config, capability: int) -> dict[str, configs.Config]:
-    """The shipped configuration, whose name begins with ``triton``, and those around it that fit, by name."""
+    """By name: the shipped configuration, whose name begins with ``triton``, and its variations that fit."""
     kind = type(shipped)
     grid = {name: values for name, values in GRIDS[kind].items() if name != "block_r"}
     if kind in FACTORS:
@@ -114,7 +114,7 @@ def candidates(shipped: configs.Config, capability: int) -> dict[str, configs.Co
 
 
 def _sums(config: configs.Config) -> int:
-    """fp32 sums of a thread."""
+    """The fp32 sums that each thread holds."""
     elements = {
         configs.ProjectConfig: lambda c: c.block_m * c.block_r,
         configs.TokenSumConfig: lambda c: c.block_d * c.block_r,
@@ -128,10 +128,10 @@ def _sums(config: configs.Config) -> int:
 def measure_tiles(
     product: str, shape: Shape, plan: Plan, most: int | None = None, beside: bool = True
 ) -> Measurement:
-    """Rows of one product at one shape: each candidate's name as provider, beside the BLAS call.
+    """Rows of one product at one shape: the BLAS call, and each candidate with its name as the provider.
 
-    ``most``: candidates to try, all if None; the shipped one is the first. ``beside``: have them checked by
-    other processes first.
+    ``most``: how many candidates to try, starting with the shipped one; None for all. ``beside``: have them
+    checked by other processes first.
     """
     capability = describe(plan.device).tile_capability
     wrong: dict[str, str] = {}
@@ -156,16 +156,17 @@ def measure_tiles(
 
 @functools.cache
 def _pool() -> tuple[int, concurrent.futures.ProcessPoolExecutor]:
-    """The number of workers, and they; they live on, as starting one takes longer than most shares."""
+    """The number of workers and their pool, which is kept: starting one takes longer than most shares."""
     workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 1))
     context = multiprocessing.get_context("spawn")
     return workers, concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
 
 
 def wrong_candidates(product: str, shape: Shape, plan: Plan) -> dict[str, str]:
-    """What is wrong with each candidate that is not right, found by processes of their own.
+    """What is wrong with each candidate that fails, found by separate processes.
 
-    A process that dies takes its pool with it, and the shares of the others: each is tried once more, alone.
+    A process that dies takes down its pool and with it the shares of the others: each of these is then
+    retried once, alone.
     """
     workers, _ = _pool()
     wrong: dict[str, str] = {}
@@ -180,7 +181,7 @@ def wrong_candidates(product: str, shape: Shape, plan: Plan) -> dict[str, str]:
 def _checked(
     product: str, shape: Shape, plan: Plan, parts: Iterable[int], wrong: dict[str, str]
 ) -> list[int]:
-    """Adds to ``wrong``; returns the shares of which nothing is known, as a process died."""
+    """Add failures to ``wrong``; return the shares whose outcome is unknown because a process died."""
     workers, pool = _pool()
     end = time.monotonic() + CHECK_SECONDS
     left, broken = [], False
@@ -188,7 +189,7 @@ def _checked(
     for part in parts:
         try:
             shares[part] = pool.submit(check_share, product, shape, plan, part, workers)
-        except concurrent.futures.process.BrokenProcessPool:  # one died while it was idle
+        except concurrent.futures.process.BrokenProcessPool:  # a process died while idle
             left.append(part)
             broken = True
     for part, share in shares.items():
@@ -201,7 +202,7 @@ def _checked(
             names = _share(product, shape, plan, part, workers)
             wrong |= dict.fromkeys(names, f"error: in one share with others: {one_line(failure)}")
         broken = True
-    if broken:  # no later share may meet that process
+    if broken:  # later shares need fresh processes
         for child in multiprocessing.active_children():
             child.kill()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -210,7 +211,7 @@ def _checked(
 
 
 def _share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -> dict[str, configs.Config]:
-    """Every ``parts``-th candidate, from ``part`` on."""
+    """Every ``parts``-th candidate, starting with number ``part``."""
     device = describe(plan.device)
     problem = planner.Problem(device, plan.dtype, shape.M, shape.N, shape.K, shape.R)
     if product == "forward":
@@ -226,7 +227,7 @@ def _share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -> dic
 
 
 def check_share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -> dict[str, str]:
-    """What is wrong with the candidates of one share. Raises what an unusable GPU makes PyTorch raise."""
+    """What is wrong with the candidates of one share. Raises PyTorch's exception if the GPU is unusable."""
     share = _share(product, shape, plan, part, parts)
     problem = make_problem(shape, plan.dtype, plan.device, bias=False)
     made = products(problem, tiles=lambda name, shipped: share if name == product else {})
@@ -237,7 +238,7 @@ def check_share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -
 
 
 def tile_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
-    """For each product and shape: the shipped configuration and the fastest, as parts of the BLAS call's.
+    """For each product and shape: the shipped and the fastest configurations, relative to the BLAS call.
 
     ``timers``: only these.
     """

@@ -1,7 +1,7 @@
-"""Alternated timing of several callables, device clocks, memory kept and used, and a time budget.
+"""Alternating timing of several callables, device clocks, memory kept and used, and a time budget.
 
-Times of one run are comparable, times of two runs are not: clock speeds and neighbours change. So every round
-times each callable once, in an order drawn anew, and ratios are taken within a round.
+Times within one run are comparable, those of different runs are not: clock speeds and neighbours change. So
+every round times each callable once, in a new random order, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WARM_UP_CALLS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, one value a round; the same index is the same round for all callables of a run."""
+    """Seconds per call, one value per round; an index means the same round for all callables of a run."""
 
     seconds: tuple[float, ...]
 
@@ -35,16 +35,16 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles over the median: 0.02 says that half of the rounds lie within 2%."""
+        """Interquartile range over the median: 0.02 means that half of the rounds lie within 2%."""
         low, high = _quartiles(self.seconds)
         return (high - low) / self.median
 
     def ratio(self, floor: Timing) -> float:
-        """Median over the rounds of this time over ``floor``'s time in the same round."""
+        """Median over the rounds of this time divided by ``floor``'s time in the same round."""
         return statistics.median(_ratios(self, floor))
 
     def ratio_quartiles(self, floor: Timing) -> tuple[float, float]:
-        """Lower and upper quartile of the ratios that :meth:`ratio` takes the median of."""
+        """Lower and upper quartile of the ratios whose median :meth:`ratio` returns."""
         return _quartiles(_ratios(self, floor))
 
 
@@ -61,7 +61,7 @@ def _quartiles(values: Iterable[float]) -> tuple[float, float]:
 
 
 class PerfCounterClock:
-    """Times a callable on the host; right for CPU tensors, and for the host's share of a GPU call."""
+    """Times a callable on the host: for CPU tensors, or for the host's share of a GPU call."""
 
     def sample(self, function: Callable[[], object], calls: int) -> float:
         start = time.perf_counter()
@@ -77,7 +77,7 @@ class PerfCounterClock:
 
 
 class HostClock(PerfCounterClock):
-    """Host time of issuing the calls on a CUDA device, the device idle at the start of each sample."""
+    """Host time of issuing the calls to a CUDA device that is idle at the start of each sample."""
 
     def sample(self, function: Callable[[], object], calls: int) -> float:
         torch.cuda.synchronize()
@@ -88,7 +88,7 @@ class HostClock(PerfCounterClock):
 
 
 class CudaEventClock:
-    """Times a callable by CUDA events on the current stream; samples are read after a synchronization."""
+    """Times a callable with CUDA events on the current stream; samples are read after a synchronization."""
 
     def sample(self, function: Callable[[], object], calls: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -132,15 +132,15 @@ def alternate(
     min_sample: float = 2e-4,
     seed: int = 0,
 ) -> dict[str, Timing]:
-    """Times the functions in turns and returns the seconds a call of each.
+    """Time the functions alternately and return each one's seconds per call.
 
     Args:
         functions: what to time, by name. Each is warmed up first.
         clock: PerfCounterClock on a CPU, CudaEventClock on a GPU.
-        seconds: about how long the rounds take together; ``min_rounds`` are run even if it takes longer.
+        seconds: approximate total time of the rounds; ``min_rounds`` are run even if they take longer.
         calls_each: calls that one invocation of a function stands for (input sets of a rotation or graph).
-        min_sample: a sample repeats its function until the quickest of the functions takes this long.
-        seed: of the order in which a round takes the functions.
+        min_sample: a sample repeats its function, often enough that the quickest function takes this long.
+        seed: for the order of the functions within each round.
 
     Raises:
         ValueError: no functions, or fewer than one round.
@@ -169,7 +169,7 @@ def alternate(
 
 
 def _estimate(function: Callable[[], object], clock: Clock) -> float:
-    """Seconds an invocation takes once warm, the least of a few samples."""
+    """Seconds per invocation once warm: the minimum of a few samples."""
     for _ in range(WARM_UP_CALLS):
         function()
     clock.synchronize()
@@ -179,11 +179,11 @@ def _estimate(function: Callable[[], object], clock: Clock) -> float:
 
 
 def captured(function: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], None]:
-    """The replay of a CUDA graph of ``function``, captured on ``stream``, which must also hold its forward.
+    """The replay of a CUDA graph of ``function``, captured on ``stream``, where its forward must also run.
 
     Autograd runs a backward node on the stream of its forward, hence one stream for both. The replay keeps
-    ``function`` alive: the graph reads and writes what it holds, a kept forward or an optimizer's state, at
-    addresses that the allocator would give to others.
+    ``function`` alive: the graph reads and writes what it holds (a kept forward, an optimizer's state) at
+    addresses that the allocator would otherwise reuse.
     """
     graph = capture(function, stream, WARM_UP_CALLS)
 
@@ -194,9 +194,9 @@ def captured(function: Callable[[], object], stream: torch.cuda.Stream) -> Calla
 
 
 def input_sets(bytes_per_set: int, device: torch.device, fewest: int = 2) -> int:
-    """How many input sets to rotate: on a GPU together three times its L2 cache, one on a CPU.
+    """How many input sets to rotate over: on a GPU, enough for three times its L2 cache; on a CPU, one.
 
-    ``bytes_per_set``: what the timed calls read of one.
+    ``bytes_per_set``: what the timed calls read from each set.
     """
     if device.type != "cuda":
         return 1
@@ -205,15 +205,15 @@ def input_sets(bytes_per_set: int, device: torch.device, fewest: int = 2) -> int
 
 
 def saved_bytes(step: Callable[[], object], known: Iterable[Tensor]) -> int:
-    """Bytes of the storages that autograd keeps for backward during ``step``, those of ``known`` left out.
+    """Bytes of the storages that autograd keeps for backward during ``step``, except those of ``known``.
 
-    ``known``: the input and the parameters, which live on anyway. A storage that is saved twice counts once.
+    ``known``: the input and the parameters, which exist anyway. A storage that is saved twice counts once.
     """
     ours = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # Holding the tensor keeps its address from being given to another one.
+        # Holding the tensor keeps its address from being reused.
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
@@ -225,7 +225,7 @@ def saved_bytes(step: Callable[[], object], known: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
-    """Most device memory that ``step`` took beyond what was allocated before it; None on a CPU."""
+    """Peak device memory of ``step`` beyond what was allocated before it; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -237,10 +237,10 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
 
 
 class Budget:
-    """Stops a list of measurements inside its time, and remembers what it left out.
+    """Keeps a list of measurements within its time and remembers what was left out.
 
-    A unit of work starts only if the longest so far of its kind, the first word of its name, would still fit,
-    with a tenth to spare.
+    A unit of work starts only if the longest unit of its kind so far would still fit with a tenth to spare;
+    the kind is the first word of its name.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -254,7 +254,7 @@ class Budget:
         return self._end - self._clock()
 
     def run(self, name: str, unit: Callable[[], object], guess: float = 0.0) -> bool:
-        """Runs ``unit`` if its time allows, else notes ``name`` as left out; whether it ran.
+        """Run ``unit`` if the time allows, else record ``name`` as left out; return whether it ran.
 
         ``guess``: seconds that this unit may take if it is the first of its kind.
         """

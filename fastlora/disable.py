@@ -93,7 +93,7 @@ def _check_replaceable(roots: Mapping[str, nn.Module]) -> None:
     ]
     if offloaded:
         raise ValueError(
-            f"disable_adapter: {listing(offloaded)} on the meta device, likely offloaded (by accelerate, say): "
+            f"disable_adapter: {listing(offloaded)} on the meta device, offloaded by accelerate, say: "
             "its trained values would come back in the forward pass"
         )
 
