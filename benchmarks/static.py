@@ -292,8 +292,8 @@ _SOURCES = {
     "update": _update_source,
     "hopper": _hopper_source,
 }
-# In these cases, the launcher sees all other pointers, sizes and strides as multiples of 16, except for a number
-# of rows, or what equals the rank, if it is not such a multiple.
+# In these cases, the launcher sees all other pointers, sizes and strides as multiples of 16, except for a
+# number of rows or what equals the rank, if that is not such a multiple.
 _NEVER_DIVISIBLE = {"keep_threshold", "scale"}
 
 
