@@ -15,12 +15,7 @@ from fastlora.linear import FusedLoRALinear
 from fastlora.overview import summary
 from fastlora.paths import use_path
 from fastlora.peft import fuse_peft, unfuse_peft
-from fastlora.surgery import (
-    adapter_state_dict,
-    apply_lora,
-    load_adapter_state_dict,
-    merge_lora,
-)
+from fastlora.surgery import adapter_state_dict, apply_lora, load_adapter_state_dict, merge_lora
 
 __version__ = "0.1.0"
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fastlora.atomic import replace_files
-from fastlora.function import any_dtensor, check_dropout, is_finite
-from fastlora.group import check_model
+from fastlora.checks import ADAPTER_DTYPES, check_dropout, check_model, is_finite
+from fastlora.function import any_dtensor
 from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import (
     DATA_PARALLEL,
@@ -135,7 +135,6 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-_ADAPTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -755,7 +754,7 @@ def _check_tensors(
     wrong = []
     for name in expected:
         tensor = state[name]
-        if name in adapters and tensor.dtype not in _ADAPTER_DTYPES:
+        if name in adapters and tensor.dtype not in ADAPTER_DTYPES:
             wrong.append(f"{name} is {tensor.dtype}, expected a floating-point dtype")
         elif name not in adapters and tensor.is_floating_point() != own[name].is_floating_point():
             wrong.append(f"{name} is {tensor.dtype}, expected {own[name].dtype}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
 from fastlora import masks, ops, reference
+from fastlora.checks import as_number, check_alpha, check_dropout
 from fastlora.device import describe
 from fastlora.paths import current_mode
 from fastlora.planner import Plan, Problem, make_plan
@@ -143,41 +143,6 @@ def shared_seed(x: Tensor) -> Tensor:
     for group in x.device_mesh.get_all_groups() if hasattr(x, "device_mesh") else ():
         torch.distributed.broadcast(seed, group=group, group_src=0)
     return seed
-
-
-def as_number(value: Any) -> Any:
-    """Convert a real one-element tensor that needs no gradient, or a NumPy scalar, to a Python number.
-
-    Anything else is returned unchanged.
-    """
-    if isinstance(value, Tensor):
-        known = value.numel() == 1 and not (value.requires_grad or value.is_complex() or value.is_meta)
-        return float(value) if known else value
-    # is_finite would compare a NumPy float32 with Python's largest float in float32's narrower range.
-    foreign = isinstance(value, numbers.Real) and not isinstance(value, (float, numbers.Rational))
-    return float(value) if foreign else value
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a number, be it a huge integer, is finite as a float; torch.compile can trace it."""
-    return bool(abs(value) <= sys.float_info.max)
-
-
-def check_alpha(alpha: float | Tensor) -> None:
-    """Raise TypeError unless ``alpha`` is a number, ValueError unless it is finite as a float."""
-    alpha = as_number(alpha)
-    if not isinstance(alpha, numbers.Real):
-        raise TypeError(f"alpha must be a number, got {alpha!r}")
-    if not is_finite(alpha):
-        raise ValueError(f"alpha must be finite, got {alpha}")
-
-
-def check_dropout(dropout: float) -> None:
-    """Raise TypeError unless ``dropout`` is a number, ValueError unless it is a probability."""
-    if not isinstance(dropout, numbers.Real):
-        raise TypeError(f"dropout must be a number in [0, 1], got {dropout!r}")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
 
 
 def autocast_on(x: Tensor) -> bool:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import masks, ops, reference
+from fastlora.checks import as_number, check_model
 from fastlora.function import (
     PLAIN_TENSORS,
     Operands,
     any_dtensor,
-    as_number,
     autocast_on,
     check_arguments,
     compute_dtype,
@@ -517,12 +517,6 @@ def ungroup_projections(model: nn.Module) -> nn.Module:
                 for mark in marks:
                     mark.pop(key, None)
     return model
-
-
-def check_model(model: nn.Module, function: str) -> None:
-    """Raise a TypeError prefixed with the function's name unless ``model`` is a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def group_states(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:

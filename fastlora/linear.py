@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from types import NoneType
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.function import Operands, autocast_on, check_alpha, check_dropout, lora_linear
+from fastlora.checks import ADAPTER_DTYPES, check_adapter_dtype, check_alpha, check_dropout, check_rank
+from fastlora.function import Operands, autocast_on, lora_linear
 
 _OWN_ATTRIBUTES = (
     "alpha",
@@ -26,7 +26,6 @@ _OWN_ATTRIBUTES = (
 # The child module that holds what disable_adapter has taken out of a module; see fastlora.disable.
 PUT_ASIDE = "_put_aside"
 _OWN_PARTS = ("weight", "bias", "A", "B", "parametrizations", PUT_ASIDE)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOK_DICTS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -74,22 +73,6 @@ def _copy_extras(source: nn.Module, target: nn.Module) -> None:
                     target._non_persistent_buffers_set.add(name)
 
 
-def check_rank(rank: int) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"rank must be an integer, got {rank!r}")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-
-
-def check_adapter_dtype(dtype: torch.dtype) -> None:
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"adapter_dtype must be a torch.dtype, got {dtype!r}")
-    if dtype not in _DTYPES:
-        raise ValueError(
-            f"adapters must be floating-point of 16, 32 or 64 bits, got {dtype}; pass adapter_dtype"
-        )
-
-
 def why_unusable(linear: nn.Linear) -> str | None:
     """Why an ``nn.Linear`` cannot be adapted (the layer would ignore or misread part of it), else None."""
     if "forward" in vars(linear):
@@ -102,7 +85,7 @@ def why_unusable(linear: nn.Linear) -> str | None:
     taken = [name for name in extra if name in own or hasattr(FusedLoRALinear, name)]
     if taken:
         return f"it holds {', '.join(sorted(taken))}, a name that FusedLoRALinear reserves"
-    if linear.weight.dtype not in _DTYPES:
+    if linear.weight.dtype not in ADAPTER_DTYPES:
         return f"its weight is {linear.weight.dtype}, expected a floating-point dtype of 16, 32 or 64 bits"
     return None
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastlora.checks import check_model
 from fastlora.function import problem_of
-from fastlora.group import check_model, group_states
+from fastlora.group import group_states
 from fastlora.linear import FusedLoRALinear
 from fastlora.paths import current_mode
 from fastlora.planner import make_plan

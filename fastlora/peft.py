@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fastlora import overview, targets
-from fastlora.group import check_model
+from fastlora.checks import check_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig

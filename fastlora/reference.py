@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import masks
+from fastlora.checks import check_dropout
 from fastlora.masks import keep_mask as keep_mask  # public: the mask of a seed
 
 
@@ -84,6 +85,7 @@ def lora_linear(
 
     Raises:
         ValueError: a dropout outside [0, 1] or NaN.
+        TypeError: a dropout that is not a number.
     """
     return _lora_linear(x, _drop(x, dropout, seed), weight, A, B, alpha, bias)
 
@@ -99,8 +101,7 @@ def _lora_linear(
 
 def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """drop(x) for x: (..., K); x itself without dropout."""
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+    check_dropout(dropout)
     if dropout == 0.0:
         return x
     if seed is None and is_traced():

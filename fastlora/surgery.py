@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastlora.function import any_dtensor, check_alpha, check_dropout
-from fastlora.group import check_model, ungroup_projections
-from fastlora.linear import FusedLoRALinear, _keep_fast_path_off, check_adapter_dtype, check_rank
+from fastlora.checks import check_adapter_dtype, check_alpha, check_dropout, check_model, check_rank
+from fastlora.function import any_dtensor
+from fastlora.group import ungroup_projections
+from fastlora.linear import FusedLoRALinear, _keep_fast_path_off
 from fastlora.targets import (
     adapted_layers,
     checked_names,

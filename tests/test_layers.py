@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A module imports those of the layers below its own, at the top of its file or in a function.
 LAYERS = (
-    ("fastlora.atomic", "fastlora.kernels.configs", "fastlora.masks", "fastlora.paths"),
+    ("fastlora.atomic", "fastlora.checks", "fastlora.kernels.configs", "fastlora.masks", "fastlora.paths"),
     ("fastlora.device", "fastlora.measured"),
     ("fastlora.flops", "fastlora.reference", "fastlora.roofline"),
     ("fastlora.planner",),

@@ -469,7 +469,7 @@ UNADAPTABLE = [
     ),
     (lambda: nn.Conv1d(7, 5, 1), TypeError, "got Conv1d"),
     (lambda: None, TypeError, "got NoneType"),
-    (random_layer, ValueError, r"adapter already.*rank=3"),
+    (random_layer, ValueError, r"already has an adapter.*rank=3"),
     (with_replaced_forward, ValueError, r"in_features=7.*forward is replaced"),
     (
         lambda: pruned("weight"),

@@ -442,7 +442,12 @@ BAD = {
     ),
     "lazy": (lazy, {}, ValueError, r"extra\.weight, extra\.bias of lazy modules have no shape yet"),
     "itself a linear": (lambda: nn.Linear(4, 4), {}, ValueError, "the model itself is the layer Linear"),
-    "itself adapted": (lambda: fastlora.FusedLoRALinear(4, 4, 2), {}, ValueError, "itself has an adapter"),
+    "itself adapted": (
+        lambda: fastlora.FusedLoRALinear(4, 4, 2),
+        {},
+        ValueError,
+        "itself already has an adapter",
+    ),
 }
 
 
@@ -588,7 +593,7 @@ class TestModulesToSave:
         if tie == "memory":
             model.lm_head.weight = nn.Parameter(model.embed.weight.detach())
         y, embedding = model(ids()), model.embed.weight
-        with pytest.warns(UserWarning, match=r"weight that lm_head shared with .* tie_weights\(\) would"):
+        with pytest.warns(UserWarning, match=r"lm_head shared a weight with .* tie_weights\(\) would"):
             fastlora.apply_lora(model, ["q"], modules_to_save=["lm_head"])
         assert model.embed.weight is embedding
         assert not embedding.requires_grad
@@ -975,7 +980,7 @@ class TestStates:
         wrapped = peft.get_peft_model(Small(), peft.LoraConfig(target_modules=["q"]))
         with (
             unchanged(wrapped),
-            pytest.raises(ValueError, match=r"that PEFT has adapted, in .*one or the other"),
+            pytest.raises(ValueError, match=r"that PEFT has adapted, in .*either PEFT or fastlora"),
         ):
             fastlora.apply_lora(wrapped, "all-linear")
 
