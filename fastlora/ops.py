@@ -27,6 +27,7 @@ from fastlora.planner import (
     Problem,
     Step,
     exclude,
+    kernel_step,
     make_group_plan,
     make_plan,
     remembered,
@@ -368,21 +369,26 @@ def _check_interpreter() -> None:
         )
 
 
+def start_a_kernel(device: torch.device) -> None:
+    """Launch a tiny product, whose result is not looked at."""
+    from fastlora.kernels.project import project
+
+    one = torch.ones((1, 1), dtype=torch.float16, device=device)
+    project(one, one, kernel_step(Problem(describe(device), one.dtype, 1, 1, 1, 1), "h").config)
+
+
 @functools.cache
 def why_no_kernel_starts(device: torch.device) -> str | None:
     """Why Triton cannot start a kernel on this GPU, None where it can.
 
     It builds a launcher with the machine's C compiler and Python's headers, and code for the GPU with its own
-    assembler; any of them may be missing or too old. The kernel is tiny and its result is not looked at.
+    assembler; any of them may be missing or too old.
     """
-    from fastlora.kernels.project import project
-
     if device.type != "cuda":
         return None
     try:
         with torch.cuda.device(device):
-            one = torch.ones((1, 1), dtype=torch.float16, device=device)
-            project(one, one, ProjectConfig(16, 16, 16, num_warps=1, num_stages=1))
+            start_a_kernel(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler, an assembler or a driver raises
