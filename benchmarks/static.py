@@ -129,6 +129,11 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
         for R, branches in ((16, 2), (32, 3), (64, 4), (192, 3)):
             found += [Case("group_dx", arch, M, R, branches=branches, backward=True) for M in ROWS]
         found += [Case("group_dx", arch, M, 48, dropout=True, branches=3, backward=True) for M in ROWS]
+        if arch not in (90, 100):
+            # Ranks that are not multiples of 8 take more warps there.
+            for R in (12, 20, 60):
+                found.append(Case("gemm", arch, 8192, R))
+                found.append(Case("group_dx", arch, 8192, R, branches=2, backward=True))
         found.append(
             Case("group_dx", arch, 8192, 48, dtype="fp16", adapter="fp16", branches=3, backward=True)
         )
