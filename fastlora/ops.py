@@ -68,7 +68,7 @@ _FEW_ROWS = 32
 _FEW_WIDE = 256
 
 
-class _Dropout:
+class Dropout:
     """The keep mask of one call: (seed, threshold) for the kernels, a tensor computed once for other paths.
 
     ``seed``: one-element int64 tensor, or the mask itself, see :func:`few_mask`.
@@ -132,7 +132,7 @@ def _aligned(p: Tensor) -> Tensor:
     return p if fast or p.shape[1] % ALIGNED else p.clone(memory_format=torch.contiguous_format)
 
 
-def _project(step: Step, p: Tensor, q: Tensor, drop: _Dropout | None = None) -> Tensor:
+def run_project(step: Step, p: Tensor, q: Tensor, drop: Dropout | None = None) -> Tensor:
     """drop(p): (M, D) @ q: (D, R) -> (M, R) in p's dtype."""
     if step.path == "triton":
         from fastlora.kernels.project import project
@@ -148,7 +148,7 @@ def _project(step: Step, p: Tensor, q: Tensor, drop: _Dropout | None = None) -> 
     return _scaled_mm(drop.kept(p), q.to(p.dtype), drop.scale)
 
 
-def _gemm(
+def run_gemm(
     step: Step,
     p: Tensor,
     q: Tensor,
@@ -156,7 +156,7 @@ def _gemm(
     v: Tensor,
     scale: float,
     bias: Tensor | None = None,
-    drop: _Dropout | None = None,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """p: (M, D) @ q: (D, E) + scale * drop(u: (M, R) @ v: (R, E)) + bias: (E,) -> (M, E) in p's dtype."""
     if step.path == "triton":
@@ -198,7 +198,7 @@ def _update_first(p: Tensor) -> bool:
 def _hopper_gemm(
     config: HopperConfig, p: Tensor, q: Tensor, u: Tensor, v: Tensor, scale: float, bias: Tensor | None
 ) -> Tensor:
-    """:func:`_gemm` by the kernel that reads through TMA, or by the other kernel if that one cannot run."""
+    """:func:`run_gemm` by the kernel that reads through TMA, or by the other one if that cannot run."""
     from fastlora.kernels import gemm, hopper
 
     by_rows = q.stride(1) == 1
@@ -213,14 +213,14 @@ def _hopper_gemm(
     return gemm.gemm(p, q, u, v, scale, other, bias)
 
 
-def _token_sum(
+def run_token_sum(
     step: Step,
     p: Tensor,
     u: Tensor,
     scale: float,
     dtype: torch.dtype,
     transposed: bool = False,
-    drop: _Dropout | None = None,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """scale * drop(p): (M, D).T @ u: (M, R) -> (D, R), or (R, D) if ``transposed``, in ``dtype``."""
     if step.path == "triton":
@@ -255,7 +255,7 @@ def _is_thin(dy: Tensor, R: int) -> bool:
     return R <= _THIN_RANK and dy.shape[0] >= 64 and dy.dtype == torch.float32 and dy.device.type == "cpu"
 
 
-def _small_forward(
+def run_small(
     step: Step, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """x: (M, K) with few tokens -> y: (M, N), h: (M, R) in one launch; adapters of any floating dtype."""
@@ -270,18 +270,18 @@ def _is_few_and_wide(x: Tensor, A: Tensor) -> bool:
     return wider and x.shape[0] * A.shape[1] <= _FEW_WIDE
 
 
-def _addmm_forward(
+def addmm_forward(
     x: Tensor,
     weight: Tensor,
     A: Tensor,
     B: Tensor,
     bias: Tensor | None,
     alpha: float,
-    drop: _Dropout | None,
+    drop: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
     """x: (M, K) -> y: (M, N), h: (M, R): three products, the last one added in place.
 
-    h excludes dropout's scale factor, as :func:`_addmm_backward` expects.
+    h excludes dropout's scale factor, as :func:`addmm_backward` expects.
     """
     scale = alpha if drop is None else alpha * drop.scale
     dropped = x if drop is None else drop.kept(x)
@@ -300,7 +300,7 @@ def _addmm_forward(
     return y.addmm_(h, A.t(), alpha=scale), h
 
 
-def _addmm_backward(
+def addmm_backward(
     dy: Tensor,
     x: Any,
     weight: Tensor,
@@ -308,7 +308,7 @@ def _addmm_backward(
     B: Tensor,
     h: Any,
     alpha: float,
-    drop: _Dropout | None,
+    drop: Dropout | None,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
@@ -349,7 +349,7 @@ def _addmm_backward(
     return dx, dA, dB
 
 
-def _g_and_dA(step: Step, dy: Tensor, A: Tensor, h: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def run_g_and_dA(step: Step, dy: Tensor, A: Tensor, h: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """dy: (M, N), A: (N, R), h: (M, R) -> g: (M, R), in dy's dtype, and dA: (N, R), in A's, in one launch."""
     from fastlora.kernels.backward import g_and_dA
 
@@ -438,8 +438,8 @@ def _plan(
     return plan
 
 
-def _dropout(dropout: float, seed: Tensor | None, rows: int, columns: int) -> _Dropout | None:
-    return None if seed is None or dropout == 0.0 else _Dropout(seed, dropout, rows, columns)
+def make_dropout(dropout: float, seed: Tensor | None, rows: int, columns: int) -> Dropout | None:
+    return None if seed is None or dropout == 0.0 else Dropout(seed, dropout, rows, columns)
 
 
 _NO_SCOPE = nullcontext()
@@ -483,16 +483,16 @@ def _forward(
     with _scope(x):
         plan = _plan(x.device, x.dtype, A.dtype, M, N, K, R, dropout > 0.0, mode)
         if plan.all_addmm:
-            y, h = _addmm_forward(x_2d, weight, A, B, bias, alpha, _dropout(dropout, seed, M, K))
+            y, h = addmm_forward(x_2d, weight, A, B, bias, alpha, make_dropout(dropout, seed, M, K))
         elif not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
             y = x.new_zeros((M, N)) if bias is None else x.new_empty((M, N)).copy_(bias)
             h = x.new_zeros((M, R))
         elif plan.one_launch:
-            y, h = _small_forward(plan.y, _for_kernels(x_2d, mode), weight, A, B, bias, alpha)
+            y, h = run_small(plan.y, _for_kernels(x_2d, mode), weight, A, B, bias, alpha)
         else:
             x_2d = _for_kernels(x_2d, mode)
-            h = _project(plan.h, x_2d, B.t(), _dropout(dropout, seed, M, K)).contiguous()
-            y = _gemm(plan.y, x_2d, weight.t(), h, A.t(), alpha, bias)
+            h = run_project(plan.h, x_2d, B.t(), make_dropout(dropout, seed, M, K)).contiguous()
+            y = run_gemm(plan.y, x_2d, weight.t(), h, A.t(), alpha, bias)
     if flat:
         return y, h
     # Not a view: autograd forbids in-place changes, such as ReLU(inplace=True), of views returned by a custom
@@ -542,10 +542,10 @@ def _backward(
             plan = plan.apart
         if need_dbias:
             dbias = dy_2d.sum(0)
-        drop = _dropout(dropout, seed, M, K)
+        drop = make_dropout(dropout, seed, M, K)
         if all_addmm:
             x_2d = x if flat or x is None else x.reshape(M, K)
-            dx, dA, dB = _addmm_backward(dy_2d, x_2d, weight, A, B, h, alpha, drop, need_dx, need_dA, need_dB)
+            dx, dA, dB = addmm_backward(dy_2d, x_2d, weight, A, B, h, alpha, drop, need_dx, need_dA, need_dB)
             return dx if flat or dx is None else dx.reshape(*dy.shape[:-1], K), dA, dB, dbias
         if not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
             dx = dy.new_zeros((*dy.shape[:-1], K)) if need_dx else None
@@ -554,18 +554,18 @@ def _backward(
             return dx, dA, dB, dbias
         dy_2d = _for_kernels(dy_2d, mode)
         if plan.g_with_dA:
-            g, dA = _g_and_dA(plan.g, dy_2d, A, h, alpha)
+            g, dA = run_g_and_dA(plan.g, dy_2d, A, h, alpha)
         else:
             if need_dx or need_dB:
-                g = _project(plan.g, dy_2d, A)
+                g = run_project(plan.g, dy_2d, A)
             if need_dA:
-                dA = _token_sum(plan.dA, dy_2d, h, alpha, A.dtype)
+                dA = run_token_sum(plan.dA, dy_2d, h, alpha, A.dtype)
         if need_dx:
-            dx = _gemm(plan.dx, dy_2d, weight, g, B, alpha, drop=drop)
+            dx = run_gemm(plan.dx, dy_2d, weight, g, B, alpha, drop=drop)
             dx = dx if flat else dx.reshape(*dy.shape[:-1], K)
         if need_dB:
             x_2d = _for_kernels(x if flat else x.reshape(M, K), mode)
-            dB = _token_sum(plan.dB, x_2d, g, alpha, B.dtype, transposed=True, drop=drop)
+            dB = run_token_sum(plan.dB, x_2d, g, alpha, B.dtype, transposed=True, drop=drop)
     return dx, dA, dB, dbias
 
 
@@ -650,15 +650,15 @@ def _group_forward(
         branches = list(zip(plan.branches, weights, As, Bs, _in_memory(biases), alphas, strict=True))
         if plan.one_launch:
             made = [
-                _small_forward(step.y, x_2d, weight, A, B, bias, alpha)
+                run_small(step.y, x_2d, weight, A, B, bias, alpha)
                 for step, weight, A, B, bias, alpha in branches
             ]
             ys, h = [y for y, _ in made], torch.cat([h for _, h in made], 1)
         else:
-            drop = _dropout(dropout, seed, M, K) if M and K else None
-            h = _project(plan.h, x_2d, _stack(Bs, plan.h, x.dtype).t(), drop).contiguous()
+            drop = make_dropout(dropout, seed, M, K) if M and K else None
+            h = run_project(plan.h, x_2d, _stack(Bs, plan.h, x.dtype).t(), drop).contiguous()
             ys = [
-                _gemm(step.y, x_2d, weight.t(), part, A.t(), alpha, bias)
+                run_gemm(step.y, x_2d, weight.t(), part, A.t(), alpha, bias)
                 for (step, weight, A, _, bias, alpha), part in zip(branches, h.split(Rs, 1), strict=True)
             ]
     if x.dim() != 2:  # Not views, as in _forward.
@@ -686,7 +686,7 @@ def _group_dA(step: Step, dy: Tensor, h: Tensor, alpha: float, dtype: torch.dtyp
     """alpha * dy: (M, N).T @ h: (M, R) -> (N, R) in ``dtype``."""
     if step.path == "addmm" and _is_thin(dy, h.shape[1]):
         return _scaled_mm(h.t(), dy, alpha).t().to(dtype).contiguous()
-    return _token_sum(step, dy, h, alpha, dtype)
+    return run_token_sum(step, dy, h, alpha, dtype)
 
 
 def _group_dx(
@@ -695,7 +695,7 @@ def _group_dx(
     qs: Sequence[Tensor],
     u: Tensor,
     v: Tensor,
-    drop: _Dropout | None,
+    drop: Dropout | None,
 ) -> Tensor:
     """Sum of ps: (M, D_i) @ qs: (D_i, E), + drop(u: (M, R) @ v: (R, E)) -> (M, E) in u's dtype."""
     if step.path == "triton":
@@ -704,7 +704,7 @@ def _group_dx(
         if drop is None:
             return group_dx(ps, qs, u, v, 1.0, step.config)
         return group_dx(ps, qs, u, v, drop.scale, step.config, drop.seed, drop.threshold)
-    c = _gemm(step, ps[0], qs[0], u, v, 1.0, drop=drop)
+    c = run_gemm(step, ps[0], qs[0], u, v, 1.0, drop=drop)
     # For few rows the CPU's BLAS adds term by term onto c, with up to four times the error of eager PyTorch.
     apart = c.shape[0] < _FEW_ROWS and c.dtype == torch.float32 and c.device.type == "cpu"
     for p, q in zip(ps[1:], qs[1:], strict=True):
@@ -761,7 +761,7 @@ def _group_backward(
                 dAs[i] = _group_dA(steps[i].dA, dys_2d[i], parts[i], alphas[i], As[i].dtype)
         used = live if need_dx else wanting
         if used:
-            drop = _dropout(dropout, seed, M, K) if M and K else None
+            drop = make_dropout(dropout, seed, M, K) if M and K else None
             ranks = [Bs[i].shape[0] for i in used]
             # g carries alpha, which differs from branch to branch.
             thin = _is_thin(first, max(ranks)) and all(steps[i].g.path == "addmm" for i in used)
@@ -779,7 +779,7 @@ def _group_backward(
             part = g if rank == g.shape[1] else g[:, :rank]
             x_2d = x.reshape(M, K)
             x_2d = _for_kernels(x_2d, mode) if plan.launches else x_2d
-            dB = _token_sum(plan.dB, x_2d, part, 1.0, dtype, transposed=True, drop=drop)
+            dB = run_token_sum(plan.dB, x_2d, part, 1.0, dtype, transposed=True, drop=drop)
     return [dx, dB, *dAs, *dbiases]
 
 

@@ -139,9 +139,9 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
     def step(name: str, path: str) -> Step:
         return planner.step_of(problem, name, path, "")
 
-    def drop() -> ops._Dropout | None:
+    def drop() -> ops.Dropout | None:
         # A new one for each call, as it caches the mask that the paths without kernels write.
-        return ops._dropout(DROPOUT, t.seed if problem.dropout else None, problem.M, problem.K)
+        return ops.make_dropout(DROPOUT, t.seed if problem.dropout else None, problem.M, problem.K)
 
     def keep() -> Tensor:
         """(M, K) factors of x in float64."""
@@ -156,7 +156,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
             return (p[rows].double() * factors) @ q[:, columns].double()
 
         dropped = drop if name == "h" else lambda: None
-        return Computation(lambda path: ops._project(step(name, path), p, q, dropped()), (exact,))
+        return Computation(lambda path: ops.run_project(step(name, path), p, q, dropped()), (exact,))
 
     def gemm(name: str, p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> Computation:
         def exact(rows: Tensor, columns: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
         dropped = drop if name == "dx" else lambda: None
 
         def run(path: str) -> Tensor:
-            return ops._gemm(step(name, path), p, q, u, v, ALPHA, drop=dropped())
+            return ops.run_gemm(step(name, path), p, q, u, v, ALPHA, drop=dropped())
 
         return Computation(run, (exact,))
 
@@ -182,7 +182,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
             return ALPHA * (u[:, rows].double().t() @ (p[:, columns].double() * keep()[:, columns]))
 
         def run(path: str) -> Tensor:
-            return ops._token_sum(step(name, path), p, u, ALPHA, p.dtype, transposed, dropped())
+            return ops.run_token_sum(step(name, path), p, u, ALPHA, p.dtype, transposed, dropped())
 
         return Computation(run, (exact,))
 
@@ -193,7 +193,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
 
         def run(path: str) -> tuple[Any, ...]:
             if path == "together":
-                return ops._g_and_dA(one, t.dy, t.A, t.h, ALPHA)
+                return ops.run_g_and_dA(one, t.dy, t.A, t.h, ALPHA)
             return tuple(part.run(fastest[name] if path == "apart" else path) for name, part in parts.items())
 
         return Computation(run, tuple(exact for part in parts.values() for exact in part.exact))
@@ -201,11 +201,11 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
     def forward(path: str) -> Tensor:
         if path == "small":
             small = Step("gemm", "triton", planner.small_config(problem), "")
-            return ops._small_forward(small, t.x, t.weight, t.A, t.B, None, ALPHA)[0]
+            return ops.run_small(small, t.x, t.weight, t.A, t.B, None, ALPHA)[0]
         if path == "addmm":
-            return ops._addmm_forward(t.x, t.weight, t.A, t.B, None, ALPHA, None)[0]
-        h = ops._project(step("h", path), t.x, t.B.t())
-        return ops._gemm(step("y", path), t.x, t.weight.t(), h, t.A.t(), ALPHA)
+            return ops.addmm_forward(t.x, t.weight, t.A, t.B, None, ALPHA, None)[0]
+        h = ops.run_project(step("h", path), t.x, t.B.t())
+        return ops.run_gemm(step("y", path), t.x, t.weight.t(), h, t.A.t(), ALPHA)
 
     def exact_forward(rows: Tensor, columns: Tensor) -> Tensor:
         x = t.x[rows].double()

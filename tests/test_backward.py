@@ -283,7 +283,7 @@ class TestLayer:
 
             return call
 
-        for name in ("_project", "_token_sum"):
+        for name in ("run_project", "run_token_sum"):
             monkeypatch.setattr(ops, name, spied(getattr(ops, name)))
         assert_gradients(case, wanted, dropout, torch.tensor([5], device=kernel_device))
         together = "A" in wanted and len(wanted) > 1

@@ -133,8 +133,8 @@ class TestLayer:
     def launches(self, monkeypatch):
         """How often the layer launches the kernel."""
         count = []
-        launch_small = ops._small_forward
-        monkeypatch.setattr(ops, "_small_forward", lambda *a: count.append(1) or launch_small(*a))
+        launch_small = ops.run_small
+        monkeypatch.setattr(ops, "run_small", lambda *a: count.append(1) or launch_small(*a))
         return count
 
     @pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32], ids=dtype_id)

@@ -630,7 +630,7 @@ class TestCommand:
 
             return call
 
-        for name in ("_project", "_token_sum", "_g_and_dA"):
+        for name in ("run_project", "run_token_sum", "run_g_and_dA"):
             monkeypatch.setattr(ops, name, spied(name, getattr(ops, name)))
 
         def timer(functions):
@@ -641,11 +641,11 @@ class TestCommand:
                     call()
             if "apart" in functions:
                 timed.append((*functions, *used))
-            slow = {"apart", "triton" if ("_token_sum", "triton") in used else "addmm"}
+            slow = {"apart", "triton" if ("run_token_sum", "triton") in used else "addmm"}
             return {name: 2e-6 if name in slow else 1e-6 for name in functions}
 
         assert run("--shapes", "20,40,48,8", timer=timer) == 0
-        kernels = ("_g_and_dA", "triton"), ("_project", "triton"), ("_token_sum", "addmm")
+        kernels = ("run_g_and_dA", "triton"), ("run_project", "triton"), ("run_token_sum", "addmm")
         assert timed == [("together", "apart", *kernels)]
         plan = planned(TEST_GPU, 20, 40, 48, 8)
         assert plan.g_with_dA
@@ -673,9 +673,9 @@ class TestCommand:
 
             return call
 
-        function = {"project": "_project", "gemm": "_gemm", "token_sum": "_token_sum"}
+        function = {"project": "run_project", "gemm": "run_gemm", "token_sum": "run_token_sum"}
         if product == "forward":
-            monkeypatch.setattr(ops, "_small_forward", faulty(ops._small_forward))
+            monkeypatch.setattr(ops, "run_small", faulty(ops.run_small))
         else:
             name = function[getattr(planned(), product).primitive]
             monkeypatch.setattr(ops, name, faulty(getattr(ops, name)))
@@ -734,12 +734,12 @@ class TestCommand:
 
     def test_wrong_dropout_is_seen(self, cache, monkeypatch):
         """dx without the mask, a known bug elsewhere."""
-        gemm = ops._gemm
+        gemm = ops.run_gemm
 
         def unmasked(step, *args, drop=None):
             return gemm(step, *args, drop=None if step.path == "triton" else drop)
 
-        monkeypatch.setattr(ops, "_gemm", unmasked)
+        monkeypatch.setattr(ops, "run_gemm", unmasked)
         run("--shapes", "20,40,48,8")
         failed = {(r.product, r.dropout) for r in measured.read_rows(cache) if r.status != "ok"}
         assert failed == {("dx", True)}
@@ -798,7 +798,7 @@ class TestCommand:
         def full(step, *args, **kwargs):
             raise RuntimeError(text)
 
-        monkeypatch.setattr(ops, "_token_sum", full)
+        monkeypatch.setattr(ops, "run_token_sum", full)
         assert run("--shapes", "20,24,32,4") == 0
         rows = measured.read_rows(cache)
         assert {row.product for row in rows} & {"h", "y"}
@@ -819,8 +819,8 @@ class TestCommand:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             return token_sum(step, *args, **kwargs)
 
-        token_sum = ops._token_sum
-        monkeypatch.setattr(ops, "_token_sum", illegal)
+        token_sum = ops.run_token_sum
+        monkeypatch.setattr(ops, "run_token_sum", illegal)
         monkeypatch.setattr(tune, "_works", lambda device: False)
         assert run("--shapes", "20,24,32,4") == 2
         rows = measured.read_rows(cache)
@@ -834,13 +834,13 @@ class TestCommand:
     @pytest.mark.parametrize("shape", ["20,24,32,4", "300,40,8,9"])
     def test_after_a_lost_device(self, cache, monkeypatch, shape):
         """The path that broke the GPU is not run again, so that the next run gets past it, at any shape."""
-        token_sum, status = ops._token_sum, "lost the GPU: failed: RuntimeError: CUDA error"
+        token_sum, status = ops.run_token_sum, "lost the GPU: failed: RuntimeError: CUDA error"
 
         def illegal(step, p, u, scale, dtype, transposed=False, drop=None):
             assert step.path != "triton" or transposed
             return token_sum(step, p, u, scale, dtype, transposed, drop)
 
-        monkeypatch.setattr(ops, "_token_sum", illegal)
+        monkeypatch.setattr(ops, "run_token_sum", illegal)
         write(
             cache,
             [row(us=None, gpu=TEST_GPU, product="dA", M=20, N=24, K=32, R=4, dropout=False, status=status)],
@@ -887,13 +887,13 @@ class TestCommand:
         old = [r for r in measured.read_rows(cache) if r.product != "g+dA"]
         cache.unlink()
         write(cache, old)
-        used, project = [], ops._project
+        used, project = [], ops.run_project
 
         def spied(step, *args):
             used.append(step.path)
             return project(step, *args)
 
-        monkeypatch.setattr(ops, "_project", spied)
+        monkeypatch.setattr(ops, "run_project", spied)
         timer = fake_timer()
         assert run("--shapes", "20,24,32,4", "--resume", timer=timer) == 0
         assert timer.seen == [{"together": 1, "apart": 1}]
