@@ -17,6 +17,8 @@ def as_number(value: Any) -> Any:
 
     Anything else is returned unchanged.
     """
+    if type(value) is float:
+        return value  # the common case, of every call
     if isinstance(value, Tensor):
         known = value.numel() == 1 and not (value.requires_grad or value.is_complex() or value.is_meta)
         return float(value) if known else value
