@@ -20,7 +20,8 @@ SHARED_MEMORY = {
     120: 99 * 1024,
 }
 MIN_CAPABILITY = 80
-# What the kernels are known to compile for, each with the configurations of the nearest one listed above.
+# The capabilities that the kernels are known to compile for, each with the configurations of the largest one
+# above that does not exceed it.
 COMPILED_FOR = (80, 86, 87, 89, 90, 100, 103, 120, 121)
 MAX_RANK = 256
 # The most branches that one launch of group_dx sums.
@@ -263,7 +264,7 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
 def select_update(R: int) -> UpdateConfig:
     """The configuration of update for rank R."""
     block_r = _rank_block(R, 32)
-    # Beside several rank blocks four warps spill on sm_80 to 87 where M is no multiple of 16.
+    # With several rank blocks, four warps spill on sm_80 to 87 if M is not a multiple of 16.
     return UpdateConfig(block_m=64, block_e=128, block_r=block_r, num_warps=4 if R <= 32 else 8)
 
 

@@ -179,7 +179,7 @@ def _hopper_kernel(
     for slot in gl.static_range(SLOTS):
         mbarrier.init(ready.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=1)
-    fence_async_shared()  # the barriers, before TMA counts on them
+    fence_async_shared()  # makes the barriers visible to TMA
     gl.warp_specialize(
         [
             (_consumer, (
