@@ -21,7 +21,8 @@ from shapes import Shape
 from timing import alternate, captured, input_sets
 from torch import Tensor
 
-from fastlora.tune import DROPOUT, in_turn, least_read, raise_out_of_memory
+from fastlora.ops import raise_out_of_memory
+from fastlora.tune import DROPOUT, in_turn, least_read
 
 FLOOR = "blas"
 TRITON = "triton"

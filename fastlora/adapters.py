@@ -471,15 +471,12 @@ def _also_saved(model: nn.Module) -> dict[str, nn.Module]:
 def _check_names(model: nn.Module) -> None:
     """ValueError where PEFT's modules to save overlap, a warning where it would miss a layer's alias."""
     saved, also = saved_modules(model), _also_saved(model)
-    whole = {**saved, **also}
-    overlapping = [path for path in also if is_inside(path, whole.keys() - {path})]
-    overlapping += [
-        path
-        for path, module in also.items()
-        if _is_adapted(module)
-        or adapted_layers(module)
-        or any(is_inside(other, [path]) for other in whole.keys() - {path})
-    ]
+    overlapping = []
+    for path, module in also.items():
+        others = (saved.keys() | also.keys()) - {path}
+        nested = is_inside(path, others) or any(is_inside(other, [path]) for other in others)
+        if nested or _is_adapted(module) or adapted_layers(module):
+            overlapping.append(path)
     if overlapping:
         raise ValueError(
             f"save_adapter: PEFT compares the ends of names and would also save {listing(overlapping)}, in "

@@ -369,6 +369,18 @@ def _check_interpreter() -> None:
         )
 
 
+def raise_out_of_memory(error: Exception) -> None:
+    """Raise torch.OutOfMemoryError if that is what ``error`` means, whichever library has run out of memory.
+
+    Triton's driver calls and cuBLAS say so in a RuntimeError; no path is to blame for it.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    if isinstance(error, RuntimeError) and ("out of memory" in text or "ALLOC_FAILED" in text):
+        raise torch.OutOfMemoryError(text) from error
+
+
 def start_a_kernel(device: torch.device) -> None:
     """Launch a tiny product, whose result is not looked at."""
     from fastlora.kernels.project import project
@@ -389,9 +401,8 @@ def why_no_kernel_starts(device: torch.device) -> str | None:
     try:
         with torch.cuda.device(device):
             start_a_kernel(device)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a compiler, an assembler or a driver raises
+        raise_out_of_memory(error)
         text = (str(error).strip().splitlines() or [""])[0]
         return f"no kernel starts on this GPU: {type(error).__name__}: {text}"[:300]
     return None

@@ -243,20 +243,8 @@ def check(one: Computation, path: str) -> str:
         faults = (_fault(*each) for each in zip(results, eager, one.exact, strict=True))
         return next((fault for fault in faults if fault), OK)
     except Exception as error:  # whatever a compiler or driver raises, the path does not work here
-        raise_out_of_memory(error)
+        ops.raise_out_of_memory(error)
         return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
-
-
-def raise_out_of_memory(error: Exception) -> None:
-    """Raise torch.OutOfMemoryError if that is what ``error`` means, whichever library has run out of memory.
-
-    Triton's driver calls and cuBLAS say so in a RuntimeError; no path is to blame for it.
-    """
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    if isinstance(error, RuntimeError) and ("out of memory" in text or "ALLOC_FAILED" in text):
-        raise torch.OutOfMemoryError(text) from error
 
 
 def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -350,7 +338,7 @@ def measure(
     try:
         seconds = timer(calls) if calls else {}
     except RuntimeError as error:  # such as a failed capture: no times, and no path is to blame
-        raise_out_of_memory(error)
+        ops.raise_out_of_memory(error)
         reason = (str(error).strip().splitlines() or [""])[0]
         if not _works(sets[0].x.device):
             raise DeviceLost(row(list(calls)[-1], f"{_LOST}timed: {reason}"[:200])) from error

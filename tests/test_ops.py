@@ -281,3 +281,38 @@ def test_dA_alone_of_a_plan_that_makes_it_with_g(monkeypatch, kernels):
     keep = reference.keep_mask(seed, M, K, p).double() / (1 - p)
     exact = 1.5 * case.dy.double().t() @ ((case.x.double() * keep) @ case.B.double().t())
     torch.testing.assert_close(dA.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+class TestFirstKernel:
+    """The kernel that is tried on a GPU before a plan with kernels is used; no GPU is needed here."""
+
+    @pytest.fixture
+    def starting(self, monkeypatch):
+        """Stands in for the launch: raises the exception it is called with."""
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        ops.why_no_kernel_starts.cache_clear()
+
+        def fails_with(error):
+            def start(device):
+                if error is not None:
+                    raise error
+
+            monkeypatch.setattr(ops, "start_a_kernel", start)
+            return ops.why_no_kernel_starts(torch.device("cuda", 7))
+
+        yield fails_with
+        ops.why_no_kernel_starts.cache_clear()
+
+    def test_starts(self, starting):
+        assert starting(None) is None
+
+    def test_the_reason_is_one_line_and_remembered(self, starting):
+        why = "no kernel starts on this GPU: RuntimeError: Failed to find C compiler."
+        assert starting(RuntimeError("Failed to find C compiler.\nPlease set CC")) == why
+        assert starting(None) == why
+
+    def test_a_lack_of_memory_is_no_reason(self, starting):
+        for error in (torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")):
+            with pytest.raises(torch.OutOfMemoryError):
+                starting(error)
+        assert starting(None) is None
