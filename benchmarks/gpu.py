@@ -6,7 +6,8 @@ The package need not be installed. The script stops within its minutes and says 
 timed unless the tests marked cuda and fastlora's own checks pass, or --anyway is given. The proof,
 DIR/correctness.json or FILE, records their outcome for the same source, GPU and versions, so that a later
 call goes straight to the tables. To save time, these tests leave out TestFuzz of tests/test_faults.py and
-those of the Hopper loop, which is off by default: section hopper, the last, runs them before timing the loop.
+those of the Hopper loop, which is off by default: the last two sections, one for each of its schedules, run
+them before timing it.
 
 DIR/gpu.csv        every row, stamped with GPU, driver, torch, triton, commit and date; a later call appends
 DIR/checks.csv     the checks before the tables
@@ -47,7 +48,7 @@ import tiles  # noqa: E402
 import torch  # noqa: E402
 from measure import Checks, Measurement, Plan, base_row, device_works, measure  # noqa: E402
 from plot import draw  # noqa: E402
-from primitives import HOPPER, measure_products  # noqa: E402
+from primitives import SCHEDULES, measure_products  # noqa: E402
 from providers import Provider  # noqa: E402
 from results import (  # noqa: E402
     OK,
@@ -93,6 +94,7 @@ SECTIONS = {
     "model": "a decoder layer: forward and backward, training step",
     "tiles": "other tile shapes of the kernels beside the shipped ones",
     "hopper": "the warp-specialised loop: its tests, then y and dx against BLAS and the classic loop",
+    "hopper-pingpong": "the same for its other schedule",
 }
 PRODUCTS = ("y", "dx", "h", "g", "dA", "dB", "g+dA", "dx+dropout")
 # For the check only: odd sizes and ranks, and an LLM layer.
@@ -103,7 +105,7 @@ RESERVE, MOST_RESERVE = 0.1, 20.0
 PICTURES = {
     "training": ("training", "dropout"),
     "decode": ("decode", "host"),
-    "mainloop": ("mainloop", "hopper"),
+    "mainloop": ("mainloop", *SCHEDULES),
     "group": ("group",),
     "model": ("model",),
 }
@@ -111,7 +113,8 @@ PICTURES = {
 # decoder layers, on the first.
 COMPILE_RANK = 16
 # Seconds that the first unit of a section may take.
-GUESSES = {"training": 45.0, "dropout": 30.0, "group": 30.0, "model": 120.0, "tiles": 30.0, "hopper": 60.0}
+GUESSES = {"training": 45.0, "dropout": 30.0, "group": 30.0, "model": 120.0, "tiles": 30.0}
+GUESSES |= dict.fromkeys(SCHEDULES, 60.0)
 # The tests without which the tables are worthless. Left out: fuzzing, which compiles hundreds of kernels and
 # would take longer than a call's minutes, and tune's own test, whose timing concurrent tests would disturb.
 TESTS = (
@@ -121,7 +124,8 @@ TESTS = (
 # Seconds that they may take, in several processes: the remaining time is for the tables.
 TESTS_SECONDS, MOST_TEST_PROCESSES = 300.0, 12
 NO_TESTS = 5  # pytest's exit status if it collected no tests
-HOPPER_TESTS, HOPPER_SECONDS = ["tests/test_hopper.py", "-m", "cuda"], 120.0
+HOPPER_TESTS = {"hopper": "not pingpong", "hopper-pingpong": "pingpong"}  # the schedule's tests, for -k
+HOPPER_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def shapes_of(section: str, target: Target) -> tuple[list[AnyShape], list[AnySha
     """A section's shapes: those that every run should measure, and those for the remaining time."""
     if target.dry:
         return TINY.get(section, TINY_SHAPES[1:]), []
-    if section in ("mainloop", "hopper"):
+    if section in PICTURES["mainloop"]:
         return llm_shapes((8192,), ranks=(16,)), []
     if section == "host":
         return [Shape(1, 4096, 4096, 16)], []
@@ -186,16 +190,12 @@ def units(wanted: set[str], providers: Providers, target: Target, out: Path) -> 
         "group": target.plan("group", ()),
         "model": target.plan("model", ()),
         "tiles": target.plan("tiles", ()),
-        "hopper": target.plan("hopper", ("y", "dx")),
     }
-    hopper_tests = functools.cache(
-        lambda: OK if target.dry else run_tests(HOPPER_TESTS, out / "hopper.log", HOPPER_SECONDS)
-    )
     sections = [name for name in plans if name in wanted or (name == "training" and modes)]
     work = []
     for part in (0, 1):
         for section in sections:
-            for shape in shapes_of(section, target)[part] if section not in ("tiles", "hopper") else ():
+            for shape in shapes_of(section, target)[part] if section != "tiles" else ():
                 plan = plans[section]
                 work.append(
                     _product_unit(shape, plan)
@@ -205,8 +205,10 @@ def units(wanted: set[str], providers: Providers, target: Target, out: Path) -> 
     if "tiles" in wanted:
         swept = [("h", TINY_SHAPES[1]), ("dA", TINY_SHAPES[1])] if target.dry else tiles.work()
         work += [_tile_unit(product, shape, plans["tiles"], target) for product, shape in swept]
-    if "hopper" in wanted:
-        work += [_product_unit(s, plans["hopper"], hopper_tests) for s in shapes_of("hopper", target)[0]]
+    for schedule in SCHEDULES:
+        if schedule in wanted:
+            plan, tests = target.plan(schedule, ("y", "dx")), _hopper_tests(schedule, target, out)
+            work += [_product_unit(shape, plan, tests) for shape in shapes_of(schedule, target)[0]]
     return [
         replace(unit, guess=0.0 if target.dry else GUESSES.get(unit.name.split()[0], 0.0)) for unit in work
     ]
@@ -227,12 +229,19 @@ def _tile_unit(product: str, shape: Shape, plan: Plan, target: Target) -> Unit:
     return Unit(f"tiles {product} {shape}", lambda: tiles.measure_tiles(product, shape, plan, *few))
 
 
+def _hopper_tests(schedule: str, target: Target, out: Path) -> Callable[[], str]:
+    """Runs the tests of a schedule of the Hopper loop, once; a hang of one does not cost the other."""
+    tests = ["tests/test_hopper.py", "-m", "cuda", "-k", HOPPER_TESTS[schedule]]
+    log = out / f"{schedule}.log"
+    return functools.cache(lambda: OK if target.dry else run_tests(tests, log, HOPPER_SECONDS))
+
+
 def _product_unit(shape: Shape, plan: Plan, tests: Callable[[], str] = lambda: OK) -> Unit:
     def run() -> Measurement:
         status = tests()
         if status == OK:
             return measure_products(shape, plan)
-        failed = replace(base_row(shape, plan), provider=HOPPER, status=f"check failed: {status}")
+        failed = replace(base_row(shape, plan), provider=plan.section, status=f"check failed: {status}")
         return Measurement([replace(failed, mode=m, timer=t) for m in plan.modes for t in plan.timers])
 
     return Unit(f"{plan.section} {shape}", run)

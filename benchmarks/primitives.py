@@ -26,9 +26,9 @@ from fastlora.tune import DROPOUT, in_turn, least_read
 
 FLOOR = "blas"
 TRITON = "triton"
-UPDATE_OFF = "triton-update-off"
-HOPPER = "hopper"
-HOPPER_OFF = "hopper-update-off"
+OFF = "-update-off"
+# The warp-specialised loop's schedules: provider and section -> how many teams multiply.
+SCHEDULES = {"hopper": 1, "hopper-pingpong": 2}
 ONE_LAUNCH = "triton-one-launch"
 BLAS_AND_UPDATE = "blas-triton-update"
 
@@ -50,12 +50,12 @@ Tiles = Callable[[str, object], Mapping[str, object]]
 
 
 def products(
-    problem: Problem, with_hopper: bool = False, tiles: Tiles | None = None
+    problem: Problem, schedule: str | None = None, tiles: Tiles | None = None
 ) -> dict[str, Callable[[], Product]]:
     """Each product of a layer by name; made when called, so that few exist at a time.
 
-    ``with_hopper``: on sm_90, also the warp-specialised loop. ``tiles``: the configurations of each kernel to
-    measure instead of everything else.
+    ``schedule``: on sm_90, also this schedule of the warp-specialised loop. ``tiles``: the configurations of
+    each kernel to measure instead of everything else.
     """
     from fastlora import masks, reference
     from fastlora.device import describe
@@ -95,10 +95,11 @@ def products(
         if tiles is not None:
             return product
         # Rank 0: the same kernel and tiles, but the loop over the ranks is empty.
-        product.kernels[UPDATE_OFF] = partial(gemm, rows, right, u[:, :0], v[:0], p.alpha, config[name])
-        product.exact[UPDATE_OFF] = base
-        if with_hopper and planned.device.capability == 90 and s.M >= 128:
-            _add_hopper(product, rows, right, u, v, p.alpha, whole)
+        product.kernels[TRITON + OFF] = partial(gemm, rows, right, u[:, :0], v[:0], p.alpha, config[name])
+        product.exact[TRITON + OFF] = base
+        if schedule and planned.device.capability == 90 and s.M >= 128:
+            _add_hopper(product, schedule, rows, right, u, v, p.alpha)
+            product.exact[schedule] = whole
         return product
 
     def forward() -> Product:
@@ -177,19 +178,19 @@ def products(
 
 
 def _add_hopper(
-    product: Product, rows: Tensor, right: Tensor, u: Tensor, v: Tensor, alpha: float, whole
+    product: Product, name: str, rows: Tensor, right: Tensor, u: Tensor, v: Tensor, alpha: float
 ) -> None:
-    """Add the warp-specialised loop to the product, with and without the update."""
+    """Add a schedule of the warp-specialised loop to the product, with and without the update."""
     from fastlora.kernels import configs, hopper
 
     by_rows = right.stride(1) == 1
     right, v = (right, v) if by_rows else (right.t(), v.t())
     off = (u[:, :0], v[:0] if by_rows else v[:, :0])
     sms = torch.cuda.get_device_properties(rows.device).multi_processor_count
-    config = configs.select_hopper(sms, u.shape[1])
-    product.kernels[HOPPER] = lambda: hopper.gemm(rows, right, u, v, alpha, config, None, by_rows)
-    product.kernels[HOPPER_OFF] = lambda: hopper.gemm(rows, right, *off, alpha, config, None, by_rows)
-    product.exact.update({HOPPER: whole, HOPPER_OFF: product.exact[FLOOR]})
+    config = configs.select_hopper(sms, u.shape[1], SCHEDULES[name])
+    product.kernels[name] = lambda: hopper.gemm(rows, right, u, v, alpha, config, None, by_rows)
+    product.kernels[name + OFF] = lambda: hopper.gemm(rows, right, *off, alpha, config, None, by_rows)
+    product.exact[name + OFF] = product.exact[FLOOR]
 
 
 def failures(product: Product, device: torch.device) -> dict[str, str]:
@@ -231,7 +232,8 @@ def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Me
     ]
     measurement = Measurement()
     try:
-        makers = [products(problem, plan.section == "hopper", tiles) for problem in problems]
+        schedule = plan.section if plan.section in SCHEDULES else None
+        makers = [products(problem, schedule, tiles) for problem in problems]
     except RuntimeError as reason:
         raise_out_of_memory(reason)
         measurement.rows = [

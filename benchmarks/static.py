@@ -57,6 +57,7 @@ class Case:
     backward: bool = False
     features: int = FEATURES
     branches: int = 1
+    teams: int = 1
 
     @property
     def adapter_itemsize(self) -> int:
@@ -138,10 +139,10 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
             Case("group_dx", arch, 8192, 48, dtype="fp16", adapter="fp16", branches=3, backward=True)
         )
         if arch == 90:
-            found += [
-                Case("hopper", arch, 8192, R, backward=dx) for R in (16, *RANKS[1:]) for dx in (False, True)
-            ]
-            found.append(Case("hopper", arch, 8192, 16, dtype="fp16", adapter="fp16"))
+            for teams in (1, 2):
+                for R in (16, *RANKS[1:]):
+                    found += [Case("hopper", arch, 8192, R, backward=dx, teams=teams) for dx in (False, True)]
+                found.append(Case("hopper", arch, 8192, 16, dtype="fp16", adapter="fp16", teams=teams))
     return found
 
 
@@ -271,7 +272,7 @@ def _update_source(case: Case):
 
 
 def _hopper_source(case: Case):
-    config = configs.select_hopper(SMS, case.R)
+    config = configs.select_hopper(SMS, case.R, case.teams)
     element = gl.bfloat16 if case.dtype == "bf16" else gl.float16
     signature = {}
     for name, block in hopper.blocks(config, q_by_rows=case.backward).items():
@@ -282,7 +283,7 @@ def _hopper_source(case: Case):
         "M": "i32", "D": "i32", "E": "i32",
         "BLOCK_R": config.block_r, "RANK_STEPS": -(-case.R // config.block_d), "GROUP_M": config.group_m,
         "SLOTS": config.slots, "Q_BY_ROWS": case.backward, "HAS_BIAS": not case.backward,
-        "num_warps": hopper.NUM_WARPS,
+        "TEAMS": config.teams,
     }  # fmt: skip
     return hopper._hopper_kernel, signature, config
 
@@ -321,7 +322,7 @@ def compile_case(case: Case) -> Row:
     if case.kernel == "hopper":
         source, options = (
             GluonASTSource(kernel, signature, constexprs, attrs),
-            {"num_warps": hopper.NUM_WARPS},
+            {"num_warps": hopper.team_warps(config)},
         )
     else:
         source = ASTSource(kernel, signature, constexprs, attrs)

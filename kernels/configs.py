@@ -119,7 +119,10 @@ class SmallConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """``programs`` loop over (``block_m``, ``block_e``) tiles of C, reading through a ring of ``slots``."""
+    """``programs`` loop over (``block_m``, ``block_e``) tiles of C, reading through a ring of ``slots``.
+
+    Two warpgroups share each tile (one team, the cooperative schedule) or take turns (two, ping-pong).
+    """
 
     block_m: int
     block_e: int
@@ -128,11 +131,12 @@ class HopperConfig:
     group_m: int
     slots: int
     programs: int
+    teams: int = 1
 
     def shared_bytes(self, itemsize: int) -> int:
         ring = self.slots * self.block_d * (self.block_m + self.block_e) * itemsize
-        half_of_c = self.block_m * self.block_e // 2 * itemsize
-        return ring + half_of_c + 256  # 256 for the barriers
+        halves_of_c = self.teams * self.block_m * self.block_e // 2 * itemsize
+        return ring + halves_of_c + 512  # 512 for the barriers and what the warps pass to each other
 
 
 @dataclass(frozen=True)
@@ -350,8 +354,10 @@ def select_small(
     )
 
 
-def select_hopper(sms: int, R: int) -> HopperConfig:
+def select_hopper(sms: int, R: int, teams: int = 1) -> HopperConfig:
     """The configuration of hopper for rank R in half precision on a GPU with ``sms`` multiprocessors."""
+    # A team holds its tile in registers, 128 per thread: the tile of one warpgroup is half as wide.
+    block_e, slots = (256, 4) if teams == 1 else (128, 6)
     return HopperConfig(
-        block_m=128, block_e=256, block_d=64, block_r=_rank_block(R, 64), group_m=8, slots=4, programs=sms
+        128, block_e, 64, _rank_block(R, 64), group_m=8, slots=slots, programs=sms, teams=teams
     )

@@ -4,17 +4,26 @@ P: (M, D), U: (M, R), C: (M, E). Q and V are read in their memory layout: in the
 + ...) they are W: (E, D) and A: (E, R), in the backward pass (dx = dy @ W + ...) W: (D, E) and B: (R, E).
 
 One persistent program per multiprocessor loops over tiles of C. A producer warp fills a ring of shared-memory
-slots by TMA; two warpgroups, each with 64 rows of the tile, multiply directly from the slots. The tiles of U
-and V pass through the same slots ahead of those of P and Q: the accumulator starts as the update, is scaled
-in registers, and the main loop continues from there. TMA fills elements outside a matrix with zeros, so no
-loop has a mask, and only BLOCK_R columns of a slot enter the update. C is written in two halves through one
-buffer, by TMA stores that overlap the next tile's main loop.
+slots by TMA; two warpgroups multiply directly from the slots. The tiles of U and V pass through the same
+slots ahead of those of P and Q: the accumulator starts as the update, is scaled in registers, and the main
+loop continues from there. TMA fills elements outside a matrix with zeros, so no loop has a mask, and only
+BLOCK_R columns of a slot enter the update. C is written in two halves through one buffer, by TMA stores that
+overlap the next tile's main loop.
 
-    ready[slot]   full:  the bytes that the producer expects have arrived   (the consumers wait for it)
+There are two schedules. Cooperative: the warpgroups are one team, each with half the rows of every tile.
+Ping-pong: each warpgroup is a team of its own with every second tile, and one team scales and stores its tile
+while the other's main loop runs.
+
+    ready[slot]   full:  the bytes that the producer expects have arrived   (a team waits for it)
     empty[slot]   free:  the product that read the slot has finished        (the producer waits for it)
+    turn[team]    open:  the other team has seen all slots of its tile      (the team waits for it)
+
+A wait names only the parity of a phase, so it must begin less than two phases ahead. The ring alone does not
+ensure this for two teams, as one would wait for slots that the other has yet to see; the turns do.
 
 This kernel has not run on a GPU yet: it compiles (benchmarks/static.py), and its schedule and arithmetic are
-emulated (tests/test_hopper.py). The planner therefore chooses it only on request (FASTLORA_HOPPER=1).
+emulated (tests/test_hopper.py). The planner therefore chooses it only on request (FASTLORA_HOPPER=1), in the
+cooperative schedule.
 """
 
 import torch
@@ -36,7 +45,7 @@ from fastlora.kernels.configs import HopperConfig
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-NUM_WARPS = 8  # the two warpgroups that multiply
+WARPS = gl.constexpr(8)  # the two warpgroups that multiply
 # TMA reads and writes only rows that begin at multiples of 16 bytes.
 TMA_ALIGNMENT = 16
 
@@ -59,6 +68,13 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def _skip(slot, phase, steps, SLOTS: gl.constexpr):
+    """:func:`_next`, ``steps`` times."""
+    place = slot + steps
+    return place % SLOTS, phase ^ (place // SLOTS & 1)
+
+
+@gluon.jit
 def _fill(p_desc, q_desc, m, e, d, slot, phase, p_ring, q_ring, ready, empty, Q_BY_ROWS: gl.constexpr):
     """Once a slot is free, load into it the tile of P at (m, d) and the matching tile of Q."""
     mbarrier.wait(empty.index(slot), phase ^ 1)
@@ -72,11 +88,14 @@ def _fill(p_desc, q_desc, m, e, d, slot, phase, p_ring, q_ring, ready, empty, Q_
 
 
 @gluon.jit
-def _producer(
-    p_desc, q_desc, u_desc, v_desc, p_ring, q_ring, ready, empty, M, D, E,
-    BLOCK_M: gl.constexpr, BLOCK_E: gl.constexpr, BLOCK_D: gl.constexpr,
-    RANK_STEPS: gl.constexpr, GROUP_M: gl.constexpr, SLOTS: gl.constexpr, Q_BY_ROWS: gl.constexpr,
-):  # fmt: skip
+def _producer(ring, sizes, inputs, RANK_STEPS: gl.constexpr, GROUP_M: gl.constexpr, Q_BY_ROWS: gl.constexpr):
+    p_ring, q_ring, ready, empty = ring
+    M, D, E = sizes
+    p_desc, q_desc, u_desc, v_desc = inputs
+    SLOTS: gl.constexpr = p_ring.shape[0]
+    BLOCK_M: gl.constexpr = p_ring.shape[1]
+    BLOCK_D: gl.constexpr = p_ring.shape[2]
+    BLOCK_E: gl.constexpr = q_ring.shape[2 if Q_BY_ROWS else 1]
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_e = gl.cdiv(E, BLOCK_E)
     slot = 0
@@ -115,19 +134,37 @@ def _store_half(c_desc, c_buffer, c, m, e):
 
 @gluon.jit
 def _consumer(
-    c_desc, c_buffer, bias_ptr, p_ring, q_ring, ready, empty, scale, M, D, E,
-    BLOCK_M: gl.constexpr, BLOCK_E: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_R: gl.constexpr,
-    RANK_STEPS: gl.constexpr, GROUP_M: gl.constexpr, SLOTS: gl.constexpr, Q_BY_ROWS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, ACC_LAYOUT: gl.constexpr,
+    ring, sizes, output, turn,
+    BLOCK_R: gl.constexpr, RANK_STEPS: gl.constexpr, GROUP_M: gl.constexpr, Q_BY_ROWS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, TEAM: gl.constexpr,
 ):  # fmt: skip
-    HALF_E: gl.constexpr = BLOCK_E // 2
+    p_ring, q_ring, ready, empty = ring
+    M, D, E = sizes
+    c_desc, c_buffers, bias_ptr, scale = output
+    c_buffer = c_buffers.index(TEAM)
+    SLOTS: gl.constexpr = p_ring.shape[0]
+    BLOCK_D: gl.constexpr = p_ring.shape[2]
+    TEAMS: gl.constexpr = c_buffers.shape[0]
+    BLOCK_M: gl.constexpr = c_buffers.shape[1]
+    HALF_E: gl.constexpr = c_buffers.shape[2]
+    BLOCK_E: gl.constexpr = 2 * HALF_E
+    ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS // TEAMS, 1], [16, BLOCK_E, 16])
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_e = gl.cdiv(E, BLOCK_E)
+    steps = RANK_STEPS + gl.cdiv(D, BLOCK_D)
     slot = 0
     phase = 0
-    for number in range(gl.program_id(0), tiles_m * tiles_e, gl.num_programs(0)):
+    if TEAM > 0:
+        slot, phase = _skip(slot, phase, steps, SLOTS)
+    # The first team need not wait for its first turn, so its parities are one phase behind.
+    turn_phase = TEAM ^ 1
+    first = gl.program_id(0) + TEAM * gl.num_programs(0)
+    for number in range(first, tiles_m * tiles_e, TEAMS * gl.num_programs(0)):
         tile_m, tile_e = _grouped_tile(number, tiles_m, tiles_e, GROUP_M)
         acc = gl.zeros((BLOCK_M, BLOCK_E), gl.float32, ACC_LAYOUT)
+        if TEAMS > 1:
+            mbarrier.wait(turn.index(TEAM), turn_phase)
+            turn_phase ^= 1
         for _ in range(RANK_STEPS):
             mbarrier.wait(ready.index(slot), phase)
             u, v = _operands(slot, p_ring, q_ring, BLOCK_R, Q_BY_ROWS)
@@ -147,6 +184,9 @@ def _consumer(
             mbarrier.arrive(empty.index(previous), count=1, pred=d > 0)
             previous = slot
             slot, phase = _next(slot, phase, SLOTS)
+        if TEAMS > 1:
+            mbarrier.arrive(turn.index(TEAM ^ 1), count=1)
+            slot, phase = _skip(slot, phase, steps, SLOTS)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(previous), count=1)
 
@@ -165,36 +205,54 @@ def _consumer(
 def _hopper_kernel(
     p_desc, q_desc, u_desc, v_desc, c_desc, bias_ptr, scale, M, D, E,
     BLOCK_R: gl.constexpr, RANK_STEPS: gl.constexpr, GROUP_M: gl.constexpr, SLOTS: gl.constexpr,
-    Q_BY_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
+    Q_BY_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_M: gl.constexpr = p_desc.block_type.shape[0]
-    BLOCK_D: gl.constexpr = p_desc.block_type.shape[1]
-    BLOCK_E: gl.constexpr = 2 * c_desc.block_type.shape[1]
-    ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_E, 16])
     p_ring = gl.allocate_shared_memory(p_desc.dtype, [SLOTS] + p_desc.block_type.shape, p_desc.layout)  # noqa: RUF005
     q_ring = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)  # noqa: RUF005
-    c_buffer = gl.allocate_shared_memory(c_desc.dtype, c_desc.block_type.shape, c_desc.layout)
+    c_buffers = gl.allocate_shared_memory(c_desc.dtype, [TEAMS] + c_desc.block_type.shape, c_desc.layout)  # noqa: RUF005
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(ready.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=1)
+    for team in gl.static_range(TEAMS):
+        mbarrier.init(turn.index(team), count=1)
     fence_async_shared()  # makes the barriers visible to TMA
-    gl.warp_specialize(
-        [
-            (_consumer, (
-                c_desc, c_buffer, bias_ptr, p_ring, q_ring, ready, empty, scale, M, D, E,
-                BLOCK_M, BLOCK_E, BLOCK_D, BLOCK_R, RANK_STEPS, GROUP_M, SLOTS, Q_BY_ROWS,
-                HAS_BIAS, ACC_LAYOUT,
-            )),
-            (_producer, (
-                p_desc, q_desc, u_desc, v_desc, p_ring, q_ring, ready, empty, M, D, E,
-                BLOCK_M, BLOCK_E, BLOCK_D, RANK_STEPS, GROUP_M, SLOTS, Q_BY_ROWS,
-            )),
-        ],
-        [1],  # warps of the producer
-        [24],  # its registers per thread, the minimum: the accumulator gets the rest
-    )  # fmt: skip
+    ring = (p_ring, q_ring, ready, empty)
+    sizes = (M, D, E)
+    inputs = (p_desc, q_desc, u_desc, v_desc)
+    output = (c_desc, c_buffers, bias_ptr, scale)
+    # The two lists of numbers are the other partitions' warps and registers per thread: the producer has the
+    # minimum, and the first team gets what is left.
+    if TEAMS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (ring, sizes, output, turn, BLOCK_R, RANK_STEPS, GROUP_M, Q_BY_ROWS, HAS_BIAS, 0),
+                ),
+                (_producer, (ring, sizes, inputs, RANK_STEPS, GROUP_M, Q_BY_ROWS)),
+            ],
+            [1],
+            [24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (ring, sizes, output, turn, BLOCK_R, RANK_STEPS, GROUP_M, Q_BY_ROWS, HAS_BIAS, 0),
+                ),
+                (
+                    _consumer,
+                    (ring, sizes, output, turn, BLOCK_R, RANK_STEPS, GROUP_M, Q_BY_ROWS, HAS_BIAS, 1),
+                ),
+                (_producer, (ring, sizes, inputs, RANK_STEPS, GROUP_M, Q_BY_ROWS)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
 
 
 def blocks(config: HopperConfig, q_by_rows: bool) -> dict[str, list[int]]:
@@ -203,6 +261,11 @@ def blocks(config: HopperConfig, q_by_rows: bool) -> dict[str, list[int]]:
     columns = [config.block_d, config.block_e] if q_by_rows else [config.block_e, config.block_d]
     half = [config.block_m, config.block_e // 2]
     return {"p_desc": rows, "q_desc": columns, "u_desc": rows, "v_desc": columns, "c_desc": half}
+
+
+def team_warps(config: HopperConfig) -> int:
+    """The warps of one team, with which the kernel is launched."""
+    return WARPS.value // config.teams
 
 
 def why_not(*matrices: torch.Tensor) -> str | None:
@@ -255,6 +318,7 @@ def gemm(
         _descriptor(c, block["c_desc"]),
         bias, scale, M, D, E,
         BLOCK_R=config.block_r, RANK_STEPS=triton.cdiv(R, config.block_d), GROUP_M=config.group_m,
-        SLOTS=config.slots, Q_BY_ROWS=q_by_rows, HAS_BIAS=bias is not None, num_warps=NUM_WARPS,
+        SLOTS=config.slots, Q_BY_ROWS=q_by_rows, HAS_BIAS=bias is not None, TEAMS=config.teams,
+        num_warps=team_warps(config),
     )  # fmt: skip
     return c

@@ -8,6 +8,7 @@ arguments, as it would on a GPU: sizes of 1 become constants, odd sizes and stri
 is launched, so every result is what its memory held. Prints a line of JSON for each kernel compiled.
 """
 
+import itertools
 import json
 import sys
 
@@ -70,11 +71,11 @@ def run_layers(M, K, N, R, dtype, dropout):
 
 def run_hopper(M, D, E, R):
     """The main loop that reads through TMA, in both layouts, of rows that it can read."""
-    config = planner.configs.select_hopper(132, R)
     p, u = (torch.empty(M, size, dtype=HALF) for size in (D, R))
-    for by_rows in (False, True):
+    for by_rows, teams in itertools.product((False, True), (1, 2)):
         q, v = (torch.empty((size, E) if by_rows else (E, size), dtype=HALF) for size in (D, R))
         bias = None if by_rows else torch.empty(E, dtype=HALF)
+        config = planner.configs.select_hopper(132, R, teams)
         hopper.gemm(p, q, u, v, 2.0, config, bias, by_rows)
 
 

@@ -58,11 +58,15 @@ class Barrier:
 
 
 class Shared:
-    """A view of shared memory; ``allocation`` knows whether writes to it still await a fence."""
+    """A view of shared memory; ``allocation`` knows whose writes to it still await a fence."""
 
     def __init__(self, array, allocation=None):
         self.array = array
-        self.allocation = allocation or SimpleNamespace(unfenced=False)
+        self.allocation = allocation or SimpleNamespace(unfenced=set())
+
+    @property
+    def shape(self):
+        return self.array.shape
 
     def _view(self, array):
         return Shared(array, self.allocation)
@@ -80,7 +84,7 @@ class Shared:
 
     def store(self, value):
         self.array[...] = value.array
-        self.allocation.unfenced = True
+        self.allocation.unfenced.add(threading.get_ident())
 
 
 class Barriers:
@@ -164,7 +168,7 @@ class Machine:
     def modules(self):
         """The modules that the kernel imports, by name."""
         gl = SimpleNamespace(
-            bfloat16=None, constexpr=None, float16=None, float32=np.float32, int64=Barriers,
+            bfloat16=None, constexpr=lambda value: value, float16=None, float32=np.float32, int64=Barriers,
             NVMMADistributedLayout=lambda *_: None, NVMMASharedLayout=None, SliceLayout=lambda *_: None,
             allocate_shared_memory=self._allocate,
             arange=lambda start, stop, layout: Register(np.arange(start, stop)),
@@ -215,10 +219,13 @@ class Machine:
 
     def _fence(self):
         for allocation in self._allocations:
-            allocation.unfenced = False
+            allocation.unfenced.discard(threading.get_ident())
 
     def _tma_store(self, descriptor, coordinates, source):
-        assert not source.allocation.unfenced, "a TMA store without a fence after the writes that it reads"
+        unfenced = source.allocation.unfenced
+        assert threading.get_ident() not in unfenced, (
+            "a TMA store without a fence after the writes that it reads"
+        )
         self._partition.stores.append((descriptor, coordinates, source))
 
     def _store_wait(self, outstanding):
@@ -296,7 +303,7 @@ def run(path, config, p, q, u, v, scale, bias=None, q_by_rows=False, programs=3,
             None if bias is None else Pointer(bias.float().numpy()),
             scale, M, D, E,
             BLOCK_R=config.block_r, RANK_STEPS=-(-R // config.block_d), GROUP_M=config.group_m,
-            SLOTS=config.slots, Q_BY_ROWS=q_by_rows, HAS_BIAS=bias is not None, num_warps=module.NUM_WARPS,
+            SLOTS=config.slots, Q_BY_ROWS=q_by_rows, HAS_BIAS=bias is not None, TEAMS=config.teams,
         )  # fmt: skip
         if machine.failures:
             raise machine.failures[0]

@@ -35,7 +35,7 @@ import tables  # noqa: E402
 import tiles  # noqa: E402
 import timing  # noqa: E402
 from measure import Checks, Plan, measure  # noqa: E402
-from primitives import BLAS_AND_UPDATE, ONE_LAUNCH, UPDATE_OFF, failures, products  # noqa: E402
+from primitives import BLAS_AND_UPDATE, OFF, ONE_LAUNCH, SCHEDULES, TRITON, failures, products  # noqa: E402
 from problem import Layer, Problem, Unavailable, make_problem, step  # noqa: E402
 from providers import PROVIDERS, Provider  # noqa: E402
 from shapes import GroupShape, ModelShape, Shape  # noqa: E402
@@ -439,7 +439,7 @@ def test_products_are_checked():
     assert failures(product, CPU) == {}
     kernels = {name: (lambda run=run: run() * 1.01) for name, run in product.kernels.items()}
     wrong = failures(replace(product, kernels=kernels), CPU)
-    assert wrong.keys() == {"triton", UPDATE_OFF}
+    assert wrong.keys() == {TRITON, TRITON + OFF}
 
     dropped = made["dx+dropout"]()
     assert dropped.kernels.keys() == {"triton", BLAS_AND_UPDATE}
@@ -787,7 +787,7 @@ def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
         "group",
         "model",
         "tiles",
-        "hopper",
+        *SCHEDULES,
     }
     assert {row.mode for row in rows if row.section == "training"} == set(gpu.TRAINING)
     assert {row.mode for row in rows if row.section == "mainloop"} == set(gpu.PRODUCTS)
@@ -870,12 +870,12 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
     target = gpu.Target(torch.device("cuda"), torch.bfloat16, ("graph", "eager"), dry=False, seconds=0.8)
     monkeypatch.setattr(gpu, "run_tests", lambda *_: "no end")
     work = gpu.units(set(gpu.SECTIONS), tables.select(None), target, Path("unused"))
-    assert [unit.name.split()[0] for unit in work[-5:]] == ["hopper"] * 5
-    assert {unit.name.split()[0] for unit in work[-5 - len(tiles.work()) : -5]} == {"tiles"}
-    hopper = work[-1].run().rows
-    assert {(row.mode, row.provider, row.status) for row in hopper} == {
-        (mode, "hopper", "check failed: no end") for mode in ("y", "dx")
-    }
+    assert [unit.name.split()[0] for unit in work[-10:]] == ["hopper"] * 5 + ["hopper-pingpong"] * 5
+    assert {unit.name.split()[0] for unit in work[-10 - len(tiles.work()) : -10]} == {"tiles"}
+    for unit, schedule in ((work[-6], "hopper"), (work[-1], "hopper-pingpong")):
+        assert {(row.mode, row.provider, row.status) for row in unit.run().rows} == {
+            (mode, schedule, "check failed: no end") for mode in ("y", "dx")
+        }
     assert len({unit.name for unit in work}) == len(work)
     for unit in work:
         unit.run()

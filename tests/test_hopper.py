@@ -4,7 +4,9 @@ import csv
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gluon_emulator
 import pytest
@@ -22,6 +24,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 # Small tiles with the proportions of the real ones keep the emulation quick.
 CONFIG = configs.HopperConfig(block_m=16, block_e=32, block_d=8, block_r=8, group_m=2, slots=4, programs=3)
+both_schedules = pytest.mark.parametrize("teams", [1, 2], ids=["cooperative", "pingpong"])
 
 
 def matrices(M, D, E, R, dtype=torch.bfloat16, q_by_rows=False, bias=True):
@@ -49,6 +52,7 @@ def assert_right(M, D, E, R, dtype=torch.bfloat16, q_by_rows=False, bias=True, c
     assert_as_accurate(actual, formula(lambda t: t), formula(torch.Tensor.double), "c")
 
 
+@both_schedules
 @pytest.mark.parametrize("q_by_rows", [False, True], ids=["forward", "dx"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -56,16 +60,16 @@ def assert_right(M, D, E, R, dtype=torch.bfloat16, q_by_rows=False, bias=True, c
     ("M", "D", "E", "R"),
     [(16, 8, 32, 8), (1, 1, 1, 1), (50, 41, 70, 5), (33, 8, 97, 8), (16, 80, 32, 3), (70, 24, 40, 20)],
 )
-def test_values(M, D, E, R, dtype, bias, q_by_rows):
-    assert_right(M, D, E, R, dtype, q_by_rows, bias)
+def test_values(M, D, E, R, dtype, bias, q_by_rows, teams):
+    assert_right(M, D, E, R, dtype, q_by_rows, bias, replace(CONFIG, teams=teams))
 
 
+@both_schedules
 @pytest.mark.parametrize("slots", [2, 3, 5])
 @pytest.mark.parametrize("programs", [1, 2, 7, 50])
-def test_any_ring_and_any_number_of_programs(slots, programs):
-    assert_right(
-        90, 30, 130, 17, config=CONFIG.__class__(16, 32, 8, 8, 3, slots, programs), programs=programs
-    )
+def test_any_ring_and_any_number_of_programs(slots, programs, teams):
+    config = replace(CONFIG, group_m=3, slots=slots, programs=programs, teams=teams)
+    assert_right(90, 30, 130, 17, config=config, programs=programs)
 
 
 def _free_before_waiting(module):
@@ -98,13 +102,33 @@ def _expect_too_little(module):
     module.mbarrier.expect = lambda barrier, size: expect(barrier, size // 2)
 
 
+@both_schedules
 @pytest.mark.parametrize(
     "fault", [_free_before_waiting, _never_free, _no_fence, _no_store_wait, _expect_too_little]
 )
-def test_emulation_finds(fault, monkeypatch):
+def test_emulation_finds(fault, teams, monkeypatch):
     monkeypatch.setattr(gluon_emulator, "PATIENCE", 0.3)
     with pytest.raises((AssertionError, gluon_emulator.Deadlock)):
-        assert_right(32, 80, 32, 8, programs=1, change=fault)
+        assert_right(32, 80, 32, 8, config=replace(CONFIG, teams=teams), programs=1, change=fault)
+
+
+@pytest.mark.parametrize("D", [64, 80])
+def test_emulation_finds_teams_that_do_not_wait_for_their_turns(D, monkeypatch):
+    class Open(gluon_emulator.Barriers):
+        def index(self, i):
+            return SimpleNamespace(
+                init=lambda count: None, arrive=lambda count: None, wait=lambda parity: None
+            )
+
+    def change(module):
+        allocate = module.gl.allocate_shared_memory
+        module.gl.allocate_shared_memory = lambda dtype, shape, layout: (
+            Open(2) if dtype is gluon_emulator.Barriers and shape[0] == 2 else allocate(dtype, shape, layout)
+        )
+
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 0.3)
+    with pytest.raises((AssertionError, gluon_emulator.Deadlock)):
+        assert_right(64, D, 64, 8, config=replace(CONFIG, teams=2), programs=1, change=change)
 
 
 @pytest.fixture(scope="module")
@@ -119,33 +143,36 @@ def rows(tmp_path_factory):
 
 def test_compiled(rows):
     """Bounds with their reasons; the counts are those of triton 3.6 to 3.8."""
-    assert {int(row["rank"]) for row in rows} == {16, 32, 64, 128, 256}
+    variants = {(int(row["rank"]), row["config"].split()[-1]) for row in rows}
+    assert variants == {(rank, f"teams={n}") for rank in (16, 32, 64, 128, 256) for n in (1, 2)}
     for row in rows:
-        rank = int(row["rank"])
+        rank, teams = int(row["rank"]), int(row["config"].rpartition("=")[2])
         assert int(row["spills"]) == 0, row
-        # 12 warps share 65,536 registers; the accumulator alone takes 128 of each consumer thread's.
+        # 12 warps share 65,536 registers; the accumulator alone takes 128 of each multiplying thread's.
         assert int(row["registers"]) <= 168, row
         assert int(row["shared_bytes"]) <= configs.SHARED_MEMORY[90], row
-        config = configs.select_hopper(132, rank)
+        config = configs.select_hopper(132, rank, teams)
         assert int(row["shared_bytes"]) <= config.shared_bytes(2), row
         assert row["warnings"] == "", "ptxas serialised wgmma"
         assert row["mma"] == "HGMMA", row
-        # wgmma is 16 deep: four for a slot of the main loop, and those of one slot of the update.
-        assert int(row["mma_count"]) == 4 + min(max(rank, 16), 64) // 16, row
+        # wgmma is 16 deep: four for a slot of the main loop, and those of one slot of the update. It has 64
+        # rows: a team that has the tile's 128 to itself takes two of each, and each team has its own code.
+        assert int(row["mma_count"]) == teams**2 * (4 + min(max(rank, 16), 64) // 16), row
         # Two steps load through TMA, or more where the loop over the ranks is unrolled; a box is at most 64
-        # columns wide, so W by rows takes four for its 256.
-        each = 5 if row["backward"] == "True" else 2
+        # columns wide, so W by rows takes four for 256, and two for 128.
+        each = 1 + (config.block_e // 64 if row["backward"] == "True" else 1)
         assert int(row["async_copies"]) >= 2 * each, row
         assert int(row["async_copies"]) % each == 0, row
 
 
-def test_a_slot_is_freed_by_all_consumers(tmp_path):
-    """One thread arrives for 256, so a barrier must stand between the end of a product and the arrival."""
+@both_schedules
+def test_a_slot_is_freed_by_the_whole_team(teams, tmp_path):
+    """One thread arrives for its team, so a barrier must stand between a product's end and the arrival."""
     script = tmp_path / "ptx.py"
     script.write_text(
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
         "import static\n"
-        "case = static.Case('hopper', 90, 8192, 16)\n"
+        f"case = static.Case('hopper', 90, 8192, 16, teams={teams})\n"
         "real = static._ptxas\n"
         "static._ptxas = lambda ptx: print(ptx) or real(ptx)\n"
         "static.compile_case(case)\n"
@@ -155,9 +182,10 @@ def test_a_slot_is_freed_by_all_consumers(tmp_path):
     )
     steps = re.findall(r"wgmma\.wait_group|bar\.sync|mbarrier\.arrive\.shared", run.stdout)
     arrivals = [i for i, step in enumerate(steps) if step.startswith("mbarrier")]
-    assert len(arrivals) == 3  # the update, the main loop, and its end
-    for i in arrivals:
-        assert steps[i - 2 : i] == ["wgmma.wait_group", "bar.sync"], steps[max(0, i - 3) : i + 1]
+    waits = [steps[i - 2] for i in arrivals if steps[i - 1] == "bar.sync"]
+    # The update, the main loop, its end and, before this, the end of a turn, for which no product is awaited.
+    assert len(waits) == len(arrivals) == (3 if teams == 1 else 8)
+    assert waits.count("wgmma.wait_group") == 3 * teams
 
 
 H100 = Device("cuda", "H100", 90, 132)
@@ -223,6 +251,7 @@ def test_plan_with_dropout(asked_for):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not HOPPER, reason="no GPU of sm_90")
+@both_schedules
 @pytest.mark.parametrize("q_by_rows", [False, True], ids=["forward", "dx"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -235,12 +264,12 @@ def test_plan_with_dropout(asked_for):
         (513, 64, 264, 256),
     ],
 )
-def test_on_a_gpu(M, D, E, R, dtype, q_by_rows, poisoned_empty):
+def test_on_a_gpu(M, D, E, R, dtype, q_by_rows, teams, poisoned_empty):
     from fastlora.kernels import hopper
 
     matrices_ = [t.cuda() for t in matrices(M, D, E, R, dtype, q_by_rows)]
     p, q, u, v, bias = matrices_
-    config = configs.select_hopper(torch.cuda.get_device_properties(0).multi_processor_count, R)
+    config = configs.select_hopper(torch.cuda.get_device_properties(0).multi_processor_count, R, teams)
     actual = hopper.gemm(p, q, u, v, 1.5, config, bias, q_by_rows)
     right, update = (q, v) if q_by_rows else (q.t(), v.t())
 
