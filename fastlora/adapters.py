@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastlora.atomic import replace_files
 from fastlora.checks import ADAPTER_DTYPES, check_dropout, check_model, is_finite
-from fastlora.function import any_dtensor
+from fastlora.dtensors import gathered, sharded_like
 from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import (
     DATA_PARALLEL,
@@ -40,7 +40,6 @@ from fastlora.surgery import (
     prepare,
     require_layers,
     saved_tensors,
-    sharded_like,
     uses_original,
 )
 from fastlora.targets import (
@@ -382,9 +381,7 @@ def _base_tensors(
 
 def _whole(tensor: Any) -> Tensor:
     """A copy that safetensors accepts: contiguous, in its own memory, gathered if sharded."""
-    if any_dtensor(tensor):
-        tensor = tensor.full_tensor()
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return gathered(tensor).detach().clone(memory_format=torch.contiguous_format)
 
 
 def _config_of(model: nn.Module, layers: Mapping[str, FusedLoRALinear]) -> dict[str, object]:

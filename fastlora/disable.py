@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastlora.function import any_dtensor
+from fastlora.dtensors import any_dtensor, sharded_like
 from fastlora.linear import PUT_ASIDE, FusedLoRALinear, _keep_fast_path_off
 from fastlora.surgery import (
     ORIGINAL,
@@ -25,7 +25,6 @@ from fastlora.surgery import (
     fully_sharded,
     require_layers,
     saved_tensors,
-    sharded_like,
 )
 from fastlora.targets import is_inside, listing, saved_modules
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.torch_version import TorchVersion
 
 from fastlora import masks, ops, reference
 from fastlora.checks import as_number, check_alpha, check_dropout
 from fastlora.device import describe
+from fastlora.dtensors import any_dtensor, shared_seed, with_whole_gradients
 from fastlora.paths import current_mode
 from fastlora.planner import Plan, Problem, make_plan
 
@@ -114,35 +113,6 @@ def _describe(**tensors: Tensor | None) -> str:
 
 
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-
-
-def any_dtensor(*tensors: Tensor) -> bool:
-    """Whether any of the tensors is a DTensor; looks the class up, as importing it takes a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
-
-
-# Before 2.13, clip_grad_norm_ scales a partial gradient (to be summed over the ranks) as if it were the sum.
-_CLIPS_PARTIAL_GRADIENTS_WRONGLY = TorchVersion(torch.__version__) < "2.13"
-
-
-def with_whole_gradients(parameters: Sequence[Any]) -> list[Tensor]:
-    """Redistribute DTensors to their own placements, so that backward sums their gradients over the ranks.
-
-    Otherwise their gradients would stay partial, which clip_grad_norm_ mis-scales before torch 2.13. Newer
-    versions, and calls that record no gradients, get the parameters back unchanged.
-    """
-    if not (_CLIPS_PARTIAL_GRADIENTS_WRONGLY and torch.is_grad_enabled()):
-        return list(parameters)
-    return [p.redistribute(placements=p.placements) if hasattr(p, "placements") else p for p in parameters]
-
-
-def shared_seed(x: Tensor) -> Tensor:
-    """A dropout seed that all ranks of a DTensor's mesh agree on, whatever the state of their generators."""
-    seed = masks.new_seed(x.device)
-    for group in x.device_mesh.get_all_groups() if hasattr(x, "device_mesh") else ():
-        torch.distributed.broadcast(seed, group=group, group_src=0)
-    return seed
 
 
 def autocast_on(x: Tensor) -> bool:

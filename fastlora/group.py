@@ -17,18 +17,16 @@ from torch import Tensor, nn
 
 from fastlora import masks, ops, reference
 from fastlora.checks import as_number, check_model
+from fastlora.dtensors import any_dtensor, shared_seed, with_whole_gradients
 from fastlora.function import (
     PLAIN_TENSORS,
     Operands,
-    any_dtensor,
     autocast_on,
     check_arguments,
     compute_dtype,
     lora_linear,
     needs_plain_operations,
     quick_apply,
-    shared_seed,
-    with_whole_gradients,
 )
 from fastlora.kernels.configs import MAX_BRANCHES, MAX_RANK
 from fastlora.paths import current_mode

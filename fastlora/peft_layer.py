@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fastlora import ops
-from fastlora.function import Operands, autocast_on, compute, needs_plain_operations
+from fastlora.function import PLAIN_TENSORS, Operands, autocast_on, compute, needs_plain_operations
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALF, torch.float64)
 # The dtypes that autocast casts to its own.
 _CASTABLE = (torch.float32, *_HALF)
-_PLAIN = (nn.Parameter, Tensor)
 _DROPOUTS = (nn.Identity, nn.Dropout)
 
 
@@ -132,10 +131,10 @@ def find_operands(layer: LoraLinear) -> Operands | str:
     A: Any = up_parameters.get("weight")
     B: Any = down_parameters.get("weight")
     if not (
-        type(weight) in _PLAIN
-        and type(A) in _PLAIN
-        and type(B) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
+        type(weight) in PLAIN_TENSORS
+        and type(A) in PLAIN_TENSORS
+        and type(B) in PLAIN_TENSORS
+        and (bias is None or type(bias) in PLAIN_TENSORS)
     ):
         return _why_not_plain(weight, bias, A, B)
     if weight.requires_grad:
@@ -194,7 +193,7 @@ def _why_not_plain(*tensors: Tensor | None) -> str:
     return next(
         f"{name} is {'missing' if tensor is None else f'a {type(tensor).__name__}'}"
         for name, tensor in zip(names, tensors, strict=True)
-        if type(tensor) not in _PLAIN and not (tensor is None and name == "base bias")
+        if type(tensor) not in PLAIN_TENSORS and not (tensor is None and name == "base bias")
     )
 
 
@@ -212,7 +211,7 @@ def why_not_input(layer: LoraLinear, x: Tensor, operands: Operands) -> str:
     Invalid shapes, dtypes and devices are reasons too, so that PEFT raises the usual PyTorch error.
     """
     weight, bias, A, B, _, _ = operands
-    if type(x) not in _PLAIN:
+    if type(x) not in PLAIN_TENSORS:
         return f"x is a {type(x).__name__}"
     if nn_module._has_any_global_hook():
         return "hooks on all modules"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastlora import masks
 from fastlora.checks import check_dropout
+from fastlora.dtensors import replicated_like
 from fastlora.masks import keep_mask as keep_mask  # public: the mask of a seed
 
 
@@ -112,23 +113,13 @@ def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
         rows = x.reshape(-1, columns).shape[0]  # in a form that a trace records
         keep = masks.functional_keep_mask(seed, rows, columns, dropout)
     else:
-        keep = _beside(x, masks.shared_keep_mask(seed, x.shape[:-1].numel(), columns, dropout))
+        keep = replicated_like(x, masks.shared_keep_mask(seed, x.shape[:-1].numel(), columns, dropout))
     return torch.where(keep.reshape(x.shape), x * masks.keep_scale(dropout), x.new_zeros(()))
 
 
 def is_traced() -> bool:
     """Whether torch.jit.trace is recording this call."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
-
-
-def _beside(x: Tensor, keep: Tensor) -> Tensor:
-    """``keep``, which every rank computes whole, as a DTensor on x's mesh if x is a DTensor."""
-    mesh = getattr(x, "device_mesh", None)
-    if mesh is None:
-        return keep
-    from torch.distributed.tensor import DTensor, Replicate
-
-    return DTensor.from_local(keep, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def lora_linear_group(

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastlora.checks import check_adapter_dtype, check_alpha, check_dropout, check_model, check_rank
-from fastlora.function import any_dtensor
+from fastlora.dtensors import sharded_like
 from fastlora.group import ungroup_projections
 from fastlora.linear import FusedLoRALinear, _keep_fast_path_off
 from fastlora.targets import (
@@ -557,16 +557,6 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     for path, layer in layers.items():
         layer.alpha = alphas[path]
     return model
-
-
-def sharded_like(own: Any, value: Tensor) -> Tensor:
-    """``value``, sharded like ``own`` if that is a DTensor and ``value`` is a whole tensor."""
-    if not any_dtensor(own) or any_dtensor(value):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(own.device)
-    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def check_state(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], function: str) -> None:

@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import function, masks, ops, reference
+from fastlora import dtensors, masks, ops, reference
 from fastlora.device import Device
 from fastlora.group import lora_linear_group
 from fastlora.kernels import configs
@@ -380,7 +380,7 @@ def test_float64_of_many_tokens_and_ranks(path):
 @pytest.mark.parametrize("partial", [False, True])
 def test_sharded_tensors_take_the_plain_formula(partial, tmp_path, monkeypatch):
     """partial: where PyTorch would scale gradients wrongly that are not summed over the ranks yet."""
-    monkeypatch.setattr(function, "_CLIPS_PARTIAL_GRADIENTS_WRONGLY", partial)
+    monkeypatch.setattr(dtensors, "_CLIPS_PARTIAL_GRADIENTS_WRONGLY", partial)
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("this PyTorch has no gloo")

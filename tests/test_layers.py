@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports those of the layers below its own, at the top of its file or in a function.
 LAYERS = (
     ("fastlora.atomic", "fastlora.checks", "fastlora.kernels.configs", "fastlora.masks", "fastlora.paths"),
-    ("fastlora.device", "fastlora.measured"),
+    ("fastlora.device", "fastlora.dtensors", "fastlora.measured"),
     ("fastlora.flops", "fastlora.reference", "fastlora.roofline"),
     ("fastlora.planner",),
     ("fastlora.ops",),
