@@ -37,6 +37,7 @@ from fastlora.surgery import (
     check_state,
     check_unmerged,
     check_values,
+    fully_sharded,
     prepare,
     require_layers,
     saved_tensors,
@@ -140,17 +141,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the adapters and saved modules of a model in PEFT's format.
 
     ``PeftModel.from_pretrained(base, directory)`` gives the same outputs; a warning says where PEFT cannot
-    (dense layers of a mixture of experts that PEFT takes for the experts). A merged layer's adapter is saved
-    like any other. If layers differ in dropout, which matters only in training, the most common value is
-    written. If the save is interrupted at any point, the directory holds either the old adapter or the new
-    one, complete; other files in it are kept. (Where the system cannot swap two directories in one step, a
-    save that changes the config leaves a moment without it: outside Linux, both adapters are then complete
-    next to the directory; if the directory is a mount point or its parent is not writable, only the weights
-    are there.) If several processes hold the model, let one of them save, except that sharded parameters
-    (DTensors, as made by FSDP2) are gathered, so every process has to call this and writes the same. Name
-    parts added by ``torch.compile``, checkpoint wrappers, data-parallel training and ``AveragedModel`` are
-    omitted. PEFT matches the ends of names: ``modules_to_save=["classifier"]`` selects a ``pre_classifier``
-    too, so its values are also written.
+    (dense layers of a mixture of experts that PEFT takes for the experts), and another which parameters are
+    trained but not saved, as they belong to neither an adapter nor a module to save. A merged layer's adapter
+    is saved like any other. If layers differ in dropout, which matters only in training, the most common
+    value is written. If the save is interrupted at any point, the directory holds either the old adapter or
+    the new one, complete; other files in it are kept. (Where the system cannot swap two directories in one
+    step, a save that changes the config leaves a moment without it: outside Linux, both adapters are then
+    complete next to the directory; if the directory is a mount point or its parent is not writable, only the
+    weights are there.) If several processes hold the model, let one of them save, except that sharded
+    parameters (DTensors, as made by FSDP2) are gathered, so every process has to call this and writes the
+    same. Name parts added by ``torch.compile``, checkpoint wrappers, data-parallel training and
+    ``AveragedModel`` are omitted. PEFT matches the ends of names: ``modules_to_save=["classifier"]`` selects
+    a ``pre_classifier`` too, so its values are also written.
 
     Args:
         model: with at least one adapted layer. directory: created if it does not exist.
@@ -171,6 +173,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     config = _config_of(model, layers)
     own = _file_tensors(model) | _tensors_of(_also_saved(model))
     check_values(own, "save_adapter")
+    _warn_of_left_out(model, layers, own.values())
     tensors = {name: _whole(tensor) for name, tensor in own.items()}
     replace_files(
         Path(os.path.realpath(directory)),
@@ -180,6 +183,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         },
         stale=(PICKLED_WEIGHTS_NAME,),
     )
+
+
+def _warn_of_left_out(
+    model: nn.Module, layers: Mapping[str, FusedLoRALinear], written: Iterable[Tensor]
+) -> None:
+    """Warn of parameters that are trained but not written."""
+    known = {id(tensor) for tensor in written}
+    for layer in layers.values():  # A and B may be computed by a parametrization.
+        known.update(id(p) for name, p in layer.named_parameters() if name.startswith("parametrizations."))
+    left_out = [
+        _file_path(name)
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in known and not getattr(p, "_is_flat_param", False)
+    ]
+    if left_out:
+        warnings.warn(
+            f"save_adapter: {listing(left_out)} are trained, but belong neither to an adapter nor to "
+            "modules_to_save, and are not saved",
+            stacklevel=3,
+        )
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
@@ -202,7 +225,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     Raises:
         ValueError: a feature other than plain LoRA linear layers, a target that is not one, missing,
             unexpected or misshapen tensors, adapted layers that the file does not cover, a merged layer,
-            parameters on the meta device. All are named, and the model is left unchanged.
+            parameters on the meta device; new parameters in a model that DistributedDataParallel or
+            fully_shard has wrapped. All are named, and the model is left unchanged.
         FileNotFoundError: the directory holds no adapter.
         ImportError: the safetensors package is missing.
     """
@@ -223,18 +247,23 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     base = {name: t for name, t in _base_tensors(model, targets, state).items() if name not in own_saved}
     _check_coverage(model, layers, targets, saved)
     new = {path: module for path, module in targets.items() if path not in layers}
-    if new.keys() | (saved.keys() - saved_modules(model).keys()):
+    ranks = {path: config.rank_of(_file_path(path)) for path in layers}
+    resized = {path: rank for path, rank in ranks.items() if rank != layers[path].rank}
+    if new.keys() | resized.keys() | (saved.keys() - saved_modules(model).keys()):
         check_not_parallel(given, "load_adapter")
+    if resized and fully_sharded(model):
+        raise ValueError(
+            f"load_adapter: the file has another rank for {listing(list(resized))}, and fully_shard manages "
+            "the parameters that it was called with: load the adapter first, then shard the model"
+        )
     check_adaptable(model, new, "load_adapter", called=False)
     _check_tensors(config, targets, {**own_saved, **base, **_at(originals)}, state)
     own = {path: module.weight for path, module in targets.items()}
+    for path in layers.keys() - resized.keys():
+        own |= {f"{path}.A": layers[path].A, f"{path}.B": layers[path].B}
     check_values({**own, **own_saved}, "load_adapter")
     # Allocations may fail, so they precede any change.
-    resized = {
-        path: _empty_adapter(layer, config.rank_of(_file_path(path)))
-        for path, layer in layers.items()
-        if layer.rank != config.rank_of(_file_path(path))
-    }
+    adapters = {path: _empty_adapter(layers[path], rank) for path, rank in resized.items()}
     prepare(
         model, {path: config.layer_spec(path, m, state) for path, m in new.items()}, saved, "load_adapter"
     )
@@ -246,8 +275,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             stacklevel=2,
         )
     for path, layer in adapted_layers(model).items():
-        if path in resized:
-            layer.A, layer.B = resized[path]
+        if path in adapters:
+            layer.A, layer.B = adapters[path]
         spec = config.layer_spec(path, layer, state)
         layer.alpha, layer.dropout = spec.alpha, spec.dropout
     for name, (module, own_name) in originals.items():

@@ -1,6 +1,6 @@
-"""DTensors: parameters sharded by FSDP2, activations and weights under tensor parallelism.
+"""Tensors without storage of their own, above all DTensors: parameters sharded by FSDP2, tensor parallelism.
 
-Everything here looks the class up instead of importing it, which takes a second, and takes other tensors too.
+Everything here looks DTensor up instead of importing it, which takes a second, and takes other tensors too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlora import masks
 
@@ -23,6 +24,11 @@ def any_dtensor(*tensors: Tensor) -> bool:
     """Whether any of the tensors is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor wraps others that hold its values, as DTensors and torchao's quantized tensors do."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def with_whole_gradients(parameters: Sequence[Any]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from fastlora import masks, ops, reference
 from fastlora.checks import as_number, check_alpha, check_dropout
 from fastlora.device import describe
-from fastlora.dtensors import any_dtensor, shared_seed, with_whole_gradients
+from fastlora.dtensors import is_wrapper, shared_seed, with_whole_gradients
 from fastlora.paths import current_mode
 from fastlora.planner import Plan, Problem, make_plan
 
@@ -172,13 +172,14 @@ def needs_plain_operations() -> bool:
     """Whether plain PyTorch operations have to run because something needs to see them.
 
     torch.func transforms (grad, vmap and the like) differentiate and batch them, forward-mode AD follows
-    them, and torch.jit.trace records them.
+    them, torch.jit.trace records them, and torch.onnx.export translates them.
     """
-    # torch.compile traces torch.func's transforms into its graph and handles the other two by itself.
+    # torch.compile traces torch.func's transforms into its graph and handles the next two by itself.
     return (
         torch._C._are_functorch_transforms_active()
         or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
         or reference.is_traced()
+        or torch.onnx.is_in_onnx_export()
     )
 
 
@@ -243,7 +244,9 @@ def check_arguments(
             f"x {device}, weight {weight.device}, A {A.device}, B {B.device}"
             + ("" if bias is None else f", bias {bias.device}")
         )
-    if weight.requires_grad and torch.is_grad_enabled():
+    # Under torch.func's transforms plain operations run, which differentiate the weight too.
+    transformed = torch._C._are_functorch_transforms_active()
+    if weight.requires_grad and torch.is_grad_enabled() and not transformed:
         advice = (
             "Call weight.requires_grad_(False), or train it with nn.Linear"
             if weight.is_leaf
@@ -297,7 +300,8 @@ def lora_linear(
 
     Raises:
         ValueError: mismatched shapes, dtypes or devices, a rank below 1, a ``weight`` that requires a
-            gradient, a non-finite alpha, a dropout outside [0, 1] or NaN, an invalid seed.
+            gradient (outside torch.func's transforms), a non-finite alpha, a dropout outside [0, 1] or NaN,
+            an invalid seed.
         TypeError: an argument that is not a tensor or number where one is expected.
         RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
     """
@@ -325,8 +329,8 @@ def compute(
         if seed is not None and seed.is_floating_point():
             seed = seed.to(dtype)  # the mask itself, see ops.few_mask
     types = {type(x), type(weight), type(A), type(B)}
-    if not types <= PLAIN_TENSORS and any_dtensor(x, weight, A, B):
-        # Sharded tensors have no storage that a kernel could read; PyTorch's own operations handle them.
+    if not types <= PLAIN_TENSORS and any(is_wrapper(tensor) for tensor in (x, weight, A, B)):
+        # These have no storage that a kernel could read; PyTorch's own operations handle them.
         if dropout > 0.0 and seed is None:
             seed = shared_seed(x)
         A, B = with_whole_gradients((A, B))

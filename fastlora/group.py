@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastlora import masks, ops, reference
 from fastlora.checks import as_number, check_model
-from fastlora.dtensors import any_dtensor, shared_seed, with_whole_gradients
+from fastlora.dtensors import is_wrapper, shared_seed, with_whole_gradients
 from fastlora.function import (
     PLAIN_TENSORS,
     Operands,
@@ -205,8 +205,9 @@ def lora_linear_group(
         x, weights, As, Bs = x.to(dtype), *([t.to(dtype) for t in ts] for ts in (weights, As, Bs))
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     tensors = [*weights, *As, *Bs, *biases]
-    if not {type(t) for t in (x, *tensors) if t is not None} <= PLAIN_TENSORS and any_dtensor(x, *tensors):
-        # Sharded tensors have no storage that a kernel could read; PyTorch's own operations handle them.
+    present = [t for t in (x, *tensors) if t is not None]
+    if not set(map(type, present)) <= PLAIN_TENSORS and any(map(is_wrapper, present)):
+        # These have no storage that a kernel could read; PyTorch's own operations handle them.
         if dropout > 0.0 and seed is None:
             seed = shared_seed(x)
         As, Bs = with_whole_gradients(As), with_whole_gradients(Bs)

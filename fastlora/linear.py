@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.checks import ADAPTER_DTYPES, check_adapter_dtype, check_alpha, check_dropout, check_rank
+from fastlora.dtensors import any_dtensor, is_wrapper
 from fastlora.function import Operands, autocast_on, lora_linear
 
 _OWN_ATTRIBUTES = (
@@ -85,6 +86,10 @@ def why_unusable(linear: nn.Linear) -> str | None:
     taken = [name for name in extra if name in own or hasattr(FusedLoRALinear, name)]
     if taken:
         return f"it holds {', '.join(sorted(taken))}, a name that FusedLoRALinear reserves"
+    if any_dtensor(linear.weight):
+        return "its weight is a DTensor: adapt the model first, then shard it"
+    if is_wrapper(linear.weight):
+        return f"its weight is a {type(linear.weight).__name__}, quantized for example"
     if linear.weight.dtype not in ADAPTER_DTYPES:
         return f"its weight is {linear.weight.dtype}, expected a floating-point dtype of 16, 32 or 64 bits"
     return None
@@ -167,7 +172,8 @@ class FusedLoRALinear(nn.Linear):
             TypeError: ``linear`` is not exactly an ``nn.Linear`` (a subclass may compute something else, or
                 its parent may never call it, as with ``MultiheadAttention.out_proj``).
             ValueError: ``linear`` already has an adapter, a replaced ``forward``, or a weight that is
-                computed from other tensors or not floating-point; or the constructor rejects an argument.
+                computed from other tensors, not floating-point, quantized or sharded (adapt the layer first,
+                then shard it); or the constructor rejects an argument.
         """
         if isinstance(linear, FusedLoRALinear):
             raise ValueError(f"from_linear: the layer already has an adapter: {linear}")
@@ -331,11 +337,16 @@ class FusedLoRALinear(nn.Linear):
             )
 
     def _check_plain_weight(self, name: str) -> None:
-        """Raise a ValueError prefixed with ``name`` if a parametrization computes the weight."""
+        """Raise a ValueError prefixed with ``name`` if the weight cannot hold the update."""
         if "weight" not in self._parameters:
             raise ValueError(
                 f"{name}: the weight {tuple(self.weight.shape)} is computed by a parametrization such as "
                 "weight_norm; remove that first"
+            )
+        if is_wrapper(self.weight) and not any_dtensor(self.weight):
+            raise ValueError(
+                f"{name}: the weight {tuple(self.weight.shape)} is a {type(self.weight).__name__}, quantized "
+                "for example, which cannot hold the update"
             )
 
     @torch.no_grad()
@@ -347,9 +358,9 @@ class FusedLoRALinear(nn.Linear):
 
         Raises:
             ValueError: another module shares the weight (tied embeddings), as found by ``apply_lora`` or
-                ``load_adapter`` (``from_linear`` sees no model); a parametrization computes it; the sum is
-                not finite; inside ``disable_adapter``; values on the meta device, as in an offloaded model.
-                The weight is left unchanged.
+                ``load_adapter`` (``from_linear`` sees no model); a parametrization computes it; it was
+                quantized after the layer was made; the sum is not finite; inside ``disable_adapter``; values
+                on the meta device, as in an offloaded model. The weight is left unchanged.
         """
         if self.merged:
             return

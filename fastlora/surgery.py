@@ -86,7 +86,9 @@ def apply_lora(
             head, or None; :func:`adapter_state_dict` and :func:`fastlora.save_adapter` include them. A module
             gets its own copy of any weight it shares with another (tied embeddings). ``disable_adapter``
             restores the values the modules have now, so load the base model's values first:
-            ``state_dict()`` does not contain them, and loading one does not change them.
+            ``state_dict()`` does not contain them, and loading one does not change them. If this unties the
+            embeddings of a transformers model, ``config.tie_word_embeddings`` becomes False, with a warning:
+            ``tie_weights()`` would discard what one of them learns (but see :func:`merge_lora`).
 
     Returns:
         ``model``.
@@ -207,9 +209,16 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
         layer._weight_shared_with = shared.get(layer, ())
     if untied:
         paths = [path for path, root in saved_modules(model).items() if root in untied]
+        config = _tied_in_name(model)
+        if config is None or getattr(config, "is_encoder_decoder", False):
+            note = "tie_weights() would undo that"
+        else:
+            # Frameworks call tie_weights() too, accelerate when it prepares a model for FSDP2 for example.
+            config.tie_word_embeddings = False
+            note = "config.tie_word_embeddings is False now, so that tie_weights() does not undo that"
         warnings.warn(
             f"{listing(paths)} shared a weight with another module and now has its own copy, to be trained; "
-            "tie_weights() would undo that",
+            f"{note}",
             stacklevel=3,
         )
 
@@ -354,10 +363,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Turn every adapted layer into a plain ``nn.Linear`` that computes the same, in place.
 
     The update is added to the weights in place, without copying them; hooks, training modes and names stay,
-    and saved modules keep what they learned. Nothing of fastlora remains in the model. If modules_to_save
-    untied the embeddings of a transformers model, ``config.tie_word_embeddings`` becomes False, with a
-    warning: ``tie_weights()`` would discard what one of them has learned. In an encoder-decoder, whose
-    forward pass may read it, it stays True, with another warning.
+    and saved modules keep what they learned. Nothing of fastlora remains in the model. A warning says where
+    modules_to_save untied the embeddings of an encoder-decoder whose ``config.tie_word_embeddings`` stays
+    True, as its forward pass may read it.
 
     Args:
         model: with at least one adapted layer.
@@ -367,8 +375,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: no adapted layer, or the model itself is one (use its ``to_linear``); a weight that is
-            shared with another module (tied embeddings) or computed by a parametrization; an update that is
-            not finite; a model sharded by FSDP2; inside ``disable_adapter``. The model is left unchanged.
+            shared with another module (tied embeddings), computed by a parametrization or quantized; an
+            update that is not finite; a subclass of the layer with its own forward; a model sharded by FSDP2;
+            inside ``disable_adapter``. The model is left unchanged.
         TypeError: ``model`` is not a module.
     """
     layers = require_layers(model, "merge_lora")
@@ -389,6 +398,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"merge_lora: the weight of {path} is shared with {', '.join(others)}, which merging would "
                 "change too"
+            )
+        if type(layer).forward is not FusedLoRALinear.forward:
+            raise ValueError(
+                f"merge_lora: {path} is a {type(layer).__qualname__}, whose forward an nn.Linear would not "
+                "have; replace it yourself"
             )
         layer._check_plain_weight(f"merge_lora: {path}")
         with torch.no_grad():
@@ -415,30 +429,35 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def _keep_untied(model: nn.Module) -> None:
-    """Tell transformers that its tied embeddings were untied when one of them became a module to save."""
-    config: Any = getattr(model, "config", None)
-    saved = set(saved_modules(model).values())
-    ends = [embeddings_of(model, kind) for kind in ("input", "output")]
-    if not getattr(config, "tie_word_embeddings", False) or not saved.intersection(ends):
+    """Tell transformers, or else the user, that modules_to_save untied the embeddings of a merged model."""
+    config = _tied_in_name(model)
+    if config is None:
         return
-    weights = [getattr(end, "weight", None) for end in ends]
-    if None in ends or weights[0] is weights[1]:
-        return
+    untied = (
+        "merge_lora: the input embedding and the head no longer share a weight, because modules_to_save "
+        "untied them"
+    )
     if getattr(config, "is_encoder_decoder", False):
         # Some of these models read the flag in forward, and all tie more than these two by it.
         warnings.warn(
-            "merge_lora: the input embedding and the head no longer share a weight, because modules_to_save "
-            "untied them. config.tie_word_embeddings stays True, as an encoder-decoder may depend on it; "
+            f"{untied}. config.tie_word_embeddings stays True, as an encoder-decoder may depend on it; "
             "check that a saved model loads as it was (transformers before 5 would tie the two again)",
             stacklevel=3,
         )
     else:
         config.tie_word_embeddings = False
-        warnings.warn(
-            "merge_lora: the input embedding and the head no longer share a weight, because modules_to_save "
-            "untied them, so config.tie_word_embeddings is False now",
-            stacklevel=3,
-        )
+        warnings.warn(f"{untied}, so config.tie_word_embeddings is False now", stacklevel=3)
+
+
+def _tied_in_name(model: nn.Module) -> Any:
+    """The config of a model whose embeddings a module to save untied, if it says that they are tied."""
+    config: Any = getattr(model, "config", None)
+    saved = set(saved_modules(model).values())
+    ends = [embeddings_of(model, kind) for kind in ("input", "output")]
+    if not getattr(config, "tie_word_embeddings", False) or not saved.intersection(ends):
+        return None
+    weights = [getattr(end, "weight", None) for end in ends]
+    return None if None in ends or weights[0] is weights[1] else config
 
 
 def fully_sharded(model: nn.Module) -> dict[str, Any]:

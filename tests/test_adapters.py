@@ -979,6 +979,31 @@ class TestRefusesToLoad:
     def test_a_meta_model(self, directory):
         refuses_to_load(make("net").to("meta"), directory, "meta device")
 
+    @pytest.mark.parametrize("name", ["A", "B"])
+    def test_adapters_without_memory(self, name, directory):
+        model = prepared()
+        setattr(model.blocks[1]["up"], name, nn.Parameter(getattr(model.blocks[1]["up"], name).to("meta")))
+        refuses_to_load(model, directory, rf"blocks\.1\.up\.{name}.*meta device")
+
+    def test_another_rank_of_a_wrapped_model(self, directory, tmp_path, one_process):
+        """The wrappers manage the parameters that they were called with."""
+        from torch.distributed.fsdp import fully_shard
+
+        model = other_rank()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="DistributedDataParallel, which knows only"):
+            fastlora.load_adapter(wrapped, directory)
+        assert_unchanged(model, before)
+
+        model = other_rank()
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        adapters_before = {name: m.A for name, m in adapted_layers(model).items()}
+        with pytest.raises(ValueError, match=r"another rank for blocks.*load the adapter first"):
+            fastlora.load_adapter(model, directory)
+        assert all(adapted_layers(model)[name].A is A for name, A in adapters_before.items())
+        assert {m.alpha for m in adapted_layers(model).values()} == {2.0}
+
     def test_a_model_of_other_shapes(self, directory):
         model = make("net")
         model.blocks[0]["up"] = nn.Linear(6, 12)
@@ -1155,6 +1180,17 @@ class TestLoading:
         model = shake(fastlora.apply_lora(made(), targets, rank=2))
         fastlora.save_adapter(model, tmp_path)
         assert same_outputs(fastlora.load_adapter(made(), tmp_path), model)
+
+    def test_what_is_trained_but_not_saved_is_named(self, tmp_path):
+        model = prepared()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fastlora.save_adapter(model, tmp_path)
+        model.blocks[0]["up"].bias.requires_grad_(True)
+        model.blocks[1]["down"].weight.requires_grad_(True)
+        named = r"blocks\.0\.up\.bias, blocks\.1\.down\.weight are trained, but belong neither"
+        with pytest.warns(UserWarning, match=named):
+            fastlora.save_adapter(model, tmp_path)
 
     def test_a_model_of_speech_has_no_task(self, tmp_path):
         """PEFT's forward for sequence to sequence passes input_ids."""

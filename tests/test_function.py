@@ -898,3 +898,31 @@ def test_fx_is_told_that_it_cannot_follow():
     """Its stand-in for a tensor has every attribute; the trace would fail only when it is run."""
     with pytest.raises(TypeError, match="x must be a tensor, got Proxy"):
         torch.fx.symbolic_trace(nn.Sequential(fastlora.FusedLoRALinear(8, 5, 2)))
+
+
+def test_onnx_export_sees_plain_operations(monkeypatch):
+    """It could not translate the operator."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    module = nn.Sequential(fastlora.FusedLoRALinear(8, 5, 2)).eval()
+    program = torch.export.export(module, (torch.randn(3, 8),))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert called
+    assert not any("fastlora" in name for name in called)
+
+
+def test_transforms_differentiate_the_weight_too():
+    """As opacus does, which asks for gradients of all of a layer's parameters."""
+    case = tensors(4, 5, 7, 2, torch.float64)
+
+    def loss(form):
+        def function(weight, A, B):
+            return form(case.x, weight, A, B, 1.5).square().sum()
+
+        return torch.func.grad(function, argnums=(0, 1, 2))(case.weight, case.A, case.B)
+
+    for ours, theirs in zip(loss(fastlora.lora_linear), loss(plain_formula), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def plain_formula(x, weight, A, B, alpha):
+    return x @ weight.t() + alpha * (x @ B.t()) @ A.t()

@@ -26,6 +26,7 @@ from tolerance import lay_out
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastlora
 from fastlora import FusedLoRALinear
@@ -460,6 +461,17 @@ def quantized(dtype):
     return linear
 
 
+def wrapped():
+    """A weight that wraps others, as torchao's quantized tensors do."""
+    linear = nn.Linear(7, 5)
+    linear.weight = as_wrapper(linear.weight)
+    return linear
+
+
+def as_wrapper(weight):
+    return nn.Parameter(TwoTensor(weight.detach(), weight.detach().clone()), requires_grad=False)
+
+
 UNADAPTABLE = [
     (lambda: Subclass(7, 5), TypeError, "expected exactly torch.nn.Linear, got Subclass"),
     (
@@ -479,6 +491,7 @@ UNADAPTABLE = [
     (lambda: pruned("bias"), ValueError, r"in_features=7.*bias is computed from bias_mask, bias_orig"),
     (with_weight_norm, ValueError, r"in_features=7.*computed from weight_g, weight_v"),
     (parametrized, TypeError, "got ParametrizedLinear"),
+    (wrapped, ValueError, r"in_features=7.*its weight is a TwoTensor, quantized for example"),
     (lambda: quantized(torch.int8), ValueError, r"in_features=7.*int8.*floating-point"),
     (lambda: quantized(torch.float8_e4m3fn), ValueError, r"in_features=7.*float8_e4m3fn.*16, 32 or 64 bits"),
 ]
@@ -1178,3 +1191,36 @@ def test_state_dict_hooks_go_on_both_ways():
         seen.clear()
         module.load_state_dict(module.state_dict())
         assert seen == [(kind, module) for kind in ("before saving", "saved", "before loading", "loaded")]
+
+
+def test_a_weight_that_is_quantized_later():
+    """It has no storage for kernels to read, so plain operations run, and it cannot hold the update."""
+    layer = random_layer()
+    x = torch.randn(6, layer.in_features, requires_grad=True)
+    expected = layer(x)
+    gradients = torch.autograd.grad(expected.sum(), (x, layer.A, layer.B))
+    layer.weight = as_wrapper(layer.weight)
+    y = layer(x)
+    torch.testing.assert_close(torch.as_tensor(y.a if isinstance(y, TwoTensor) else y), expected)
+    for ours, theirs in zip(torch.autograd.grad(y.sum(), (x, layer.A, layer.B)), gradients, strict=True):
+        torch.testing.assert_close(ours.a if isinstance(ours, TwoTensor) else ours, theirs)
+    for method in (layer.merge, lambda: fastlora.merge_lora(nn.Sequential(layer))):
+        with pytest.raises(ValueError, match="TwoTensor, quantized for example, which cannot hold"):
+            method()
+    assert not layer.merged
+
+
+def test_a_sharded_weight_is_refused():
+    from torch.distributed.tensor import DTensor
+
+    class Pretended(DTensor):
+        """Of DTensor's type, without a process group."""
+
+        def __new__(cls, tensor):
+            return torch.Tensor._make_subclass(cls, tensor)
+
+    linear = nn.Linear(7, 5)
+    linear._parameters["weight"] = Pretended(linear.weight.detach())
+    linear.weight._is_param = True  # as nn.Parameter marks other classes
+    with pytest.raises(ValueError, match="DTensor: adapt the model first, then shard it"):
+        FusedLoRALinear.from_linear(linear, 2)

@@ -681,6 +681,23 @@ def test_sharded_tensors_run_pefts_code():
     assert closing(fast) == "fused 1, fell back 1: lora_A.weight is a Pretended (1)"
 
 
+def test_a_summary_between_sharded_calls_tells_of_the_last_call(tmp_path):
+    """FSDP2 gathers the parameters for the calls alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this PyTorch has no gloo")
+    from torch.distributed.fsdp import fully_shard
+
+    _, fast = nets()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(fast, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        assert closing(fast) == "fused 0, fell back 2: base weight is a DTensor (2)"
+        fast(inputs())
+        assert closing(fast) == "fused 2, fell back 0"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # Dtypes
 
 

@@ -1076,13 +1076,32 @@ class TestMergeLora:
     @pytest.mark.parametrize("saved", ["embed", "lm_head"])
     def test_transformers_learns_of_untied_embeddings(self, saved):
         model = WithConfig(tied=True).eval()
-        with pytest.warns(UserWarning, match="tie_weights"):
+        with pytest.warns(UserWarning, match="config.tie_word_embeddings is False now, so that tie_weights"):
             fastlora.apply_lora(model, ["q"], modules_to_save=[saved])
+        assert model.config.tie_word_embeddings is False
         y = trained(model)(ids())
+        fastlora.merge_lora(model)
+        torch.testing.assert_close(model(ids()), y)
+
+    def test_transformers_learns_again_of_untied_embeddings(self):
+        model = WithConfig(tied=True)
+        with pytest.warns(UserWarning, match="tie_weights"):
+            fastlora.apply_lora(model, ["q"], modules_to_save=["lm_head"])
+        model.config.tie_word_embeddings = True
         with pytest.warns(UserWarning, match="config.tie_word_embeddings is False now"):
             fastlora.merge_lora(model)
         assert model.config.tie_word_embeddings is False
-        torch.testing.assert_close(model(ids()), y)
+
+    def test_a_forward_of_its_own_is_not_lost(self):
+        class Doubled(fastlora.FusedLoRALinear):
+            def forward(self, input):
+                return 2 * super().forward(input)
+
+        model = nn.Sequential(Doubled.from_linear(nn.Linear(5, 3), 2), nn.Linear(3, 4))
+        fastlora.apply_lora(model, ["1"])
+        with pytest.raises(ValueError, match=r"merge_lora: 0 is a .*Doubled"):
+            fastlora.merge_lora(model)
+        assert isinstance(model[1], fastlora.FusedLoRALinear)
 
     def test_an_encoder_decoder_keeps_the_flag_that_its_forward_may_read(self):
         model = WithConfig(tied=True).eval()
