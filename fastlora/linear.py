@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora.checks import ADAPTER_DTYPES, check_adapter_dtype, check_alpha, check_dropout, check_rank
 from fastlora.dtensors import any_dtensor, is_wrapper
-from fastlora.function import Operands, autocast_on, lora_linear
+from fastlora.function import Operands, autocast_off, autocast_on, lora_linear
 
 _OWN_ATTRIBUTES = (
     "alpha",
@@ -189,7 +189,8 @@ class FusedLoRALinear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight = linear.weight
+        layer.register_parameter("bias", linear.bias)
         for name in _HOOK_DICTS:
             if getattr(linear, name, None):
                 # Share the dictionary itself, so that handles can still remove their hooks.
@@ -313,9 +314,9 @@ class FusedLoRALinear(nn.Linear):
     def _updated_weight(self, alpha: float) -> Tensor:
         """weight + alpha * A @ B: (out_features, in_features), in weight's dtype, summed in at least fp32."""
         dtype = torch.promote_types(torch.promote_types(self.weight.dtype, self.A.dtype), torch.float32)
-        return torch.addmm(self.weight.to(dtype), self.A.to(dtype), self.B.to(dtype), alpha=alpha).to(
-            self.weight.dtype
-        )
+        with autocast_off(self.weight):  # which would round the operands
+            sum_ = torch.addmm(self.weight.to(dtype), self.A.to(dtype), self.B.to(dtype), alpha=alpha)
+        return sum_.to(self.weight.dtype)
 
     def _merged_weight(self, name: str) -> Tensor:
         """The weight with the update; a ValueError prefixed with ``name`` if unknown or not finite."""
@@ -434,7 +435,7 @@ class FusedLoRALinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        if self.merged:
+        if self.merged or PUT_ASIDE in self._modules:  # put aside: merged, inside disable_adapter
             errors.append(f"{prefix.removesuffix('.')} is merged: unmerge() before loading a state_dict")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)

@@ -129,10 +129,13 @@ def _few_philox_bits(rows: int, groups: int, seed: int):
 
 
 @functools.lru_cache(maxsize=64)
-def _few_keep(seed: int, rows: int, columns: int, threshold: int) -> Tensor:
-    """The mask of few elements; cached, as backward needs the mask of forward again."""
+def _few_keep(seed: int, rows: int, columns: int, threshold: int):
+    """The mask of few elements; cached, as backward needs the mask of forward again.
+
+    As numpy's array: a tensor made in inference mode or under a transform would not serve other calls.
+    """
     bits = _few_philox_bits(rows, -(-columns // COLUMNS_PER_CALL), seed)
-    return torch.from_numpy(bits >= threshold)[:, :columns]
+    return (bits >= threshold)[:, :columns]
 
 
 def shared_keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
@@ -144,7 +147,7 @@ def shared_keep_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> T
     on_cpu = seed.device.type == "cpu"
     key = int(seed) if on_cpu else seed.reshape(())
     if on_cpu and rows * columns <= _FEW_ELEMENTS and numpy is not None and not torch.compiler.is_compiling():
-        return _few_keep(key, rows, columns, threshold)
+        return torch.from_numpy(_few_keep(key, rows, columns, threshold))
     groups = -(-columns // COLUMNS_PER_CALL)
     column = torch.arange(groups, device=seed.device).unsqueeze(0)
     row = torch.arange(rows, device=seed.device).unsqueeze(1)

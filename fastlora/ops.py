@@ -110,8 +110,8 @@ def few_mask(x: Tensor, dropout: float, dtype: torch.dtype) -> Tensor | None:
         return None
     shape = (x.shape[0] if x.dim() == 2 else _rows(x), x.shape[-1])
     if dropout >= 1.0:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype).bernoulli_(1.0 - dropout)
+        return torch.zeros(shape, dtype=dtype, device=x.device)
+    return torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(1.0 - dropout)
 
 
 def _for_kernels(p: Tensor, mode: str) -> Tensor:

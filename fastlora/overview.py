@@ -110,7 +110,10 @@ def _path_of(layer: FusedLoRALinear) -> tuple[str, str]:
 
 def planned_path(weight: Tensor, A: Tensor, dropout: float) -> tuple[str, str]:
     """The path of the forward gemm of weight: (N, K) and A: (N, R) for typical tokens, and the reason."""
-    plan = make_plan(problem_of(weight, _SUMMARY_TOKENS, weight, A, dropout), current_mode())
+    try:
+        plan = make_plan(problem_of(weight, _SUMMARY_TOKENS, weight, A, dropout), current_mode())
+    except RuntimeError as error:  # use_path("triton") where the kernels cannot run
+        return "none", str(error)
     return plan.path, plan.reason
 
 

@@ -332,3 +332,18 @@ def test_a_default_device_leaves_no_trace():
     with torch.device("meta"):
         assert fastlora.ops._zero(torch.float32).device.type == "cpu"
     assert layer(torch.randn(700, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_a_mask_drawn_in_inference_mode_serves_other_calls(first):
+    x, weight, A, B = (torch.randn(*shape) for shape in ((3, 8), (4, 8), (4, 2), (2, 8)))
+    seed = torch.tensor(7700 + (first is torch.no_grad))
+    with first():
+        expected = fastlora.lora_linear(x, weight, A, B, 1.0, None, 0.5, seed)
+    z = x.clone().requires_grad_()
+    y = fastlora.reference.lora_linear(z, weight, A, B, 1.0, None, 0.5, seed)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert torch.func.grad(lambda q: fastlora.lora_linear(q, weight, A, B, 1.0, None, 0.5, seed).sum())(
+        x
+    ).allclose(z.grad)

@@ -1224,3 +1224,36 @@ def test_a_sharded_weight_is_refused():
     linear.weight._is_param = True  # as nn.Parameter marks other classes
     with pytest.raises(ValueError, match="DTensor: adapt the model first, then shard it"):
         FusedLoRALinear.from_linear(linear, 2)
+
+
+def test_merging_under_autocast_is_not_rounded():
+    layer = random_layer()
+    weight = layer.weight.double()
+    exact = weight + layer.alpha * layer.A.double() @ layer.B.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linear = layer.to_linear()
+        layer.merge()
+    torch.testing.assert_close(linear.weight.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.weight.double(), exact, rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with fastlora.disable_adapter(layer):
+            torch.testing.assert_close(layer.weight.double(), weight, rtol=1e-6, atol=1e-6)
+        layer.unmerge()
+    torch.testing.assert_close(layer.weight.double(), weight, rtol=1e-6, atol=1e-6)
+
+
+def test_a_state_dict_is_not_loaded_into_a_layer_merged_outside_disable_adapter():
+    layer = random_layer()
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.merge()
+    merged = layer.weight.clone()
+    with fastlora.disable_adapter(layer), pytest.raises(RuntimeError, match="is merged"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.weight, merged)
+
+
+def test_a_bias_added_after_merging_counts():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    fastlora.merge_lora(fastlora.apply_lora(model, ["0"], rank=2))
+    model[0].register_parameter("bias", nn.Parameter(torch.ones(3)))
+    assert torch.equal(model(torch.zeros(2, 4)), torch.ones(2, 3))

@@ -993,3 +993,10 @@ def test_compiled_models_are_fused_and_see_changes():
             change(model)
         close(compiled(inputs()), stock(inputs()))
     torch.compiler.reset()
+
+
+def test_dropout_on_the_cpu_under_another_default_device():
+    _, fast = nets(lora_dropout=0.5)
+    x = inputs()
+    with torch.device("meta"):
+        assert fast.train()(x).device.type == "cpu"

@@ -458,3 +458,10 @@ class TestPublicPlan:
         )
         assert result.stdout.split("\n")[:6] == ["True"] * 6
         assert result.stdout.count("interpreter computes bfloat16 products wrongly") == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are kernels")
+def test_summary_where_the_requested_kernels_cannot_run():
+    layer = fastlora.FusedLoRALinear(8, 8, 2, dtype=torch.float64)
+    with fastlora.use_path("triton"):
+        assert "none: " in fastlora.summary(torch.nn.Sequential(layer))
