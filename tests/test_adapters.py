@@ -417,10 +417,18 @@ class TestOursInPeft:
         fastlora.save_adapter(torch.optim.swa_utils.AveragedModel(model), tmp_path)
         assert same_outputs(fastlora.load_adapter(make("net"), tmp_path), model)
 
-    @pytest.mark.parametrize("name", ["PlainForCausalLM", "PlainLMHeadModel", "PlainForQuestionAnswering"])
-    def test_the_task_of_a_model_is_not_in_its_name_alone(self, name, tmp_path):
+    @pytest.mark.parametrize(
+        ("name", "config"),
+        [
+            ("PlainForCausalLM", {"hidden_size": 8}),
+            ("PlainLMHeadModel", {"hidden_size": 8}),
+            ("PlainForQuestionAnswering", {"hidden_size": 8}),
+            ("PlainForTokenClassification", None),
+        ],
+    )
+    def test_the_task_of_a_model_is_not_in_its_name_alone(self, name, config, tmp_path):
         """PEFT's model of the task would look for methods and heads of transformers' models."""
-        kind = type(name, (Net,), {"config": {"hidden_size": 8}})
+        kind = type(name, (Net,), {"config": config})
         fastlora.save_adapter(fastlora.apply_lora(kind(), ["up"]), tmp_path)
         assert config_of(tmp_path)["task_type"] is None
 
@@ -1201,6 +1209,13 @@ class TestLoading:
         fastlora.save_adapter(model, tmp_path / "speech")
         kinds = [json.loads((tmp_path / n / CONFIG).read_text())["task_type"] for n in ("text", "speech")]
         assert kinds == ["SEQ_2_SEQ_LM", None]
+
+    def test_a_decoder_alone_is_not_sequence_to_sequence(self, tmp_path):
+        """Models of images and text are called ForConditionalGeneration too."""
+        model = fastlora.apply_lora(make("t5"), ["q"], rank=2)
+        model.config.is_encoder_decoder = False
+        fastlora.save_adapter(model, tmp_path)
+        assert config_of(tmp_path)["task_type"] is None
 
     def test_models_behind_checkpoint_wrappers(self, tmp_path):
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

@@ -617,6 +617,15 @@ class TestAutocast:
         assert ours.dtype == stock.dtype
 
     @every_run
+    def test_integers_are_not_cast(self, run):
+        case = tensors(9, 24, 40, 4, device=run.device)
+        with (
+            torch.autocast(run.device, torch.bfloat16),
+            pytest.raises(ValueError, match=r"expected floating-point tensors, got x \(9, 40\) int64"),
+        ):
+            fused(1.7, path=run.path)(case.x.long(), case.weight, case.A, case.B, case.bias)
+
+    @every_run
     def test_grad_scaler(self, run):
         """A step with scaled fp16 gradients is that of unscaled ones; an overflow is seen and skipped."""
         case = tensors(9, 24, 40, 4, device=run.device)

@@ -471,6 +471,14 @@ class TestErrors:
         with pytest.raises(TypeError, match=f"{name} must be a sequence with an entry for each branch"):
             lora_linear_group(**{**arguments, name: value})
 
+    def test_any_iterables(self):
+        _, arguments = self.arguments()
+        names = ("weights", "As", "Bs", "alphas")
+        expected = lora_linear_group(**arguments)
+        given = {name: iter(arguments[name]) for name in names}
+        for ours, theirs in zip(lora_linear_group(**{**arguments, **given}), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
     def test_lengths(self):
         _, arguments = self.arguments()
         with pytest.raises(ValueError, match="got 3 weights, 2 As, 3 Bs, 3 alphas"):
@@ -597,6 +605,17 @@ class TestPlan:
         assert [step.path for step in steps] == ["addmm", "triton", "triton"]
         times = [float(step.reason.rpartition("addmm ")[2].split()[0]) for step in steps]
         assert times[0] < times[1] < times[2]
+
+    @pytest.mark.parametrize("empty", [{"M": 0}, {"K": 0}, {"Ns": (0, 0, 0)}])
+    @pytest.mark.parametrize("mode", ["auto", "triton"])
+    def test_empty(self, empty, mode):
+        plan = self.plan(**empty, mode=mode)
+        assert plan.dx.config is None
+
+    def test_an_architecture_without_a_main_loop(self):
+        plan = self.plan(device=Device("cuda", "NVIDIA B200", 100, 148))
+        assert (plan.dx.path, plan.dx.config) == ("addmm", None)
+        assert "no dedicated main loop" in plan.dx.reason
 
     def test_few_tokens(self):
         plan = self.plan(M=1, mode="triton")
@@ -864,6 +883,23 @@ class TestSiblings:
         same_outcome(outcome(model, x), apart_)
         assert launches == ["g", "s", "s"]
 
+    def test_another_dtype_of_autocast_is_another_call(self, launches):
+        class Mixed(Parent):
+            def forward(self, x):
+                with torch.autocast("cpu", torch.bfloat16):
+                    q = self.q_proj(x)
+                with torch.autocast("cpu", torch.float16):
+                    return q, self.k_proj(x)
+
+        model, x = adapted(Mixed, ["q_proj", "k_proj"]), torch.randn(2, 5, 24)
+        apart_ = model(x)
+        fastlora.group_projections(model)
+        launches.clear()
+        for ours, theirs in zip(model(x), apart_, strict=True):
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+        assert launches == ["g", "s"]
+
     def test_a_parent_that_turns_gradients_on_again(self, launches):
         class Inner(Parent):
             def forward(self, x):
@@ -901,6 +937,10 @@ class TestSiblings:
             (lambda p: p.v_proj.register_forward_hook(lambda *a: None), "hooks or a replaced forward"),
             (lambda p: p.v_proj.register_forward_pre_hook(lambda *a: None), "hooks or a replaced forward"),
             (lambda p: p.q_proj.register_full_backward_hook(lambda *a: None), "hooks or a replaced forward"),
+            (
+                lambda p: p.k_proj.register_full_backward_pre_hook(lambda *a: None),
+                "hooks or a replaced forward",
+            ),
             (lambda p: setattr(p.q_proj, "forward", p.q_proj.forward), "hooks or a replaced forward"),
             (lambda p: setattr(p.q_proj, "dropout", 0.5), "dropout 0.5 and 0 differ"),
             (lambda p: setattr(p, "k_proj", nn.Linear(24, 12)), "k_proj is Linear"),
@@ -1335,6 +1375,21 @@ class TestTransformers:
         for a, b in zip(ours, apart_, strict=True):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=5e-2, atol=2e-2)
+
+    @pytest.mark.parametrize("extra", [([None], {}), ([], {"unknown": None})])
+    def test_more_arguments_than_x_reach_peft(self, extra):
+        peft = pytest.importorskip("peft")
+
+        class Extra(Parent):
+            def forward(self, x):
+                args, kwargs = extra
+                return self.q_proj(x), self.k_proj(x, *args, **kwargs)
+
+        config = peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj"])
+        model = fastlora.fuse_peft(peft.get_peft_model(Extra(), config))
+        fastlora.group_projections(model)
+        with pytest.raises(TypeError, match="argument"):
+            model(torch.randn(5, 24))
 
     def test_peft_layers_that_fall_back_stay_single(self, launches):
         model, tokens = with_adapters(tiny("Llama"), "peft"), torch.randint(1, 40, (2, 9))

@@ -32,6 +32,18 @@ def test_a_small_mask_is_drawn_alike_with_and_without_numpy(shape, seed, monkeyp
         assert torch.equal(keep, keep_mask(torch.tensor([seed]), *shape, p))
 
 
+@pytest.mark.parametrize("with_numpy", [True, False])
+def test_an_element_at_the_threshold_is_kept(with_numpy, monkeypatch):
+    pytest.importorskip("numpy")
+    seed, bits = torch.tensor([5]), masks._few_philox_bits(1, 1, 5)[0].tolist()
+    if not with_numpy:
+        monkeypatch.setattr(masks, "numpy", None)
+    for i in range(8):
+        for draw in (keep_mask, masks.functional_keep_mask):
+            assert draw(seed, 1, 8, bits[i] / 65536)[0, i]
+            assert not draw(seed, 1, 8, (bits[i] + 1) / 65536)[0, i]
+
+
 def test_a_changed_mask_changes_no_later_one():
     seed = torch.tensor([77])
     kept = keep_mask(seed, 4, 30, 0.5)

@@ -488,7 +488,9 @@ REASONS = {
     "hooks on lora_B": lambda layer: layer.lora_B["default"].register_full_backward_hook(
         lambda module, before, after: (2 * before[0],)
     ),
-    "hooks on lora_dropout": lambda layer: layer.lora_dropout["default"].register_forward_hook(double),
+    "hooks on lora_dropout": lambda layer: layer.lora_dropout["default"].register_full_backward_pre_hook(
+        lambda module, gradients: (2 * gradients[0],)
+    ),
     "replaced forward on base layer": lambda layer: replace_forward(layer.base_layer),
     "replaced forward on lora_A": lambda layer: replace_forward(layer.lora_A["default"]),
     "replaced forward on lora_B": lambda layer: replace_forward(layer.lora_B["default"]),
@@ -511,6 +513,7 @@ REASONS = {
     "fan_in_fan_out": lambda layer: assign(layer, "fan_in_fan_out", True),
     "the base weight is trained": lambda layer: assign(layer.base_layer.weight, "requires_grad", True),
     "scaling of 16 elements": lambda layer: exchange(layer.scaling, "default", torch.linspace(0, 1, 16)),
+    "scaling is a complex": lambda layer: exchange(layer.scaling, "default", 2 + 1j),
     "scaling is inf": lambda layer: exchange(layer.scaling, "default", float("inf")),
     "base weight is a OwnTensor": lambda layer: exchange(
         layer.base_layer._parameters, "weight", layer.base_layer.weight.detach().as_subclass(OwnTensor)
@@ -815,6 +818,36 @@ def test_a_result_may_be_changed_in_place():
     assert x.grad is not None
 
 
+def test_a_wider_scaling_leaves_the_dtype():
+    stock, fast = (model.bfloat16() for model in nets())
+    for model in (stock, fast):
+        layer_of(model).scaling["default"] = torch.tensor([0.5])
+    x = inputs().bfloat16()
+    y = fast(x)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, stock(x), rtol=3e-2, atol=3e-2)
+    assert closing(fast) == "fused 2, fell back 0"
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda x: torch.nested.nested_tensor([x[0], x[1, :2]]),
+        lambda x: x[0].to_sparse(),
+        lambda x: x[0].to_sparse_csr(),
+    ],
+    ids=["nested", "sparse", "csr"],
+)
+def test_inputs_that_are_not_dense(convert):
+    stock, fast = nets()
+    x = convert(inputs())
+    y, expected = layer_of(fast)(x), layer_of(stock)(x)
+    assert y.is_nested == expected.is_nested
+    for ours, theirs in zip(y.unbind(), expected.unbind(), strict=True):
+        close(ours, theirs)
+    assert layer_of(fast)._fastlora_last == "x is nested or sparse"
+
+
 def test_a_tensor_scaling_gets_its_gradient():
     stock = linear_layer(F32, F32)
     fast = fastlora.fuse_peft(copy.deepcopy(stock))
@@ -963,6 +996,26 @@ def test_fused_layers_from_the_start_leave_other_layers_to_peft():
     config = register_fused_layers(LoraConfig(target_modules=["0", "1"]))
     model = get_peft_model(base, config).base_model.model
     assert [type(layer) for layer in model] == [LoraLinear, FusedLinear]
+
+
+def test_what_peft_itself_misses_is_not_taken_for_peft(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    with pytest.raises(ModuleNotFoundError, match="accelerate"):
+        fastlora.fuse_peft(nn.Linear(2, 2))
+
+
+def test_the_summary_names_the_ranks_of_the_active_adapters():
+    _, fast = nets(target_modules=["first"])
+    add(fast, "other", r=5)
+
+    text = fastlora.summary(fast)
+    assert re.search(r"\.first +1 +16 x 12 +3 +addmm", text)
+    assert re.search(r"\.second +1 +6 x 16 +- +PEFT", text)
+    fast.base_model.set_adapter(["default", "other"])
+    assert re.search(r"\.first +1 +16 x 12 +3, 5 +PEFT", fastlora.summary(fast))
 
 
 # torch.compile

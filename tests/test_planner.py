@@ -337,6 +337,12 @@ def case_arguments(**changes):
     return {**{name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}, **changes}
 
 
+def test_the_reference_is_not_run_as_addmm():
+    problem = Problem(CPU, torch.float32, 8, 16, 16, 4)
+    assert make_plan(problem, "addmm").all_addmm
+    assert not make_plan(problem, "reference").all_addmm
+
+
 class TestPublicPlan:
     @pytest.mark.skipif(not planner.has_triton(), reason="no kernel is tried without Triton")
     def test_a_gpu_on_which_no_kernel_starts(self, monkeypatch):

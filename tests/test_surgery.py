@@ -710,6 +710,14 @@ class TestDisableAdapter:
         assert not torch.equal(model.lm_head.weight, before)
         assert model(ids()).dtype == torch.float64
 
+    def test_buffers_moved_inside_stay_buffers(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        fastlora.apply_lora(model, ["0"], modules_to_save=["1"])
+        with fastlora.disable_adapter(model):
+            model.to("meta")
+        assert {name for name, _ in model[1].named_parameters()} == {"weight", "bias"}
+        assert all(tensor.is_meta for tensor in model[1].state_dict().values())
+
     def test_offloaded(self):
         """accelerate puts the values back in the forward pass, the trained ones."""
         accelerate = pytest.importorskip("accelerate")
@@ -1245,6 +1253,18 @@ class TestTransformerEncoder:
         x, mask = padded()
         torch.testing.assert_close(model.eval()(x, mask), model.train()(x, mask))
         fastlora.merge_lora(model)
+        assert model.encoder.use_nested_tensor
+
+    @torch.no_grad()
+    def test_adapters_of_one_of_its_layers_alone(self):
+        model = Encoder().eval()
+        x, _ = padded()
+        base = model(x)
+        trained(fastlora.apply_lora(model.encoder.layers[0], ["linear1"]))
+        y = model(x)
+        with fastlora.disable_adapter(model):
+            torch.testing.assert_close(model(x), base)
+        torch.testing.assert_close(fastlora.merge_lora(model)(x), y)
         assert model.encoder.use_nested_tensor
 
 

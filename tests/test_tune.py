@@ -85,6 +85,11 @@ class TestRows:
         assert set(measured.read_rows(cache)) == set(rows)
         assert cache.name == f"tuned-v{measured.VERSION}.csv"
 
+    def test_folders_that_do_not_exist_yet(self, tmp_path):
+        path = tmp_path / "cache" / "fastlora" / "rows.csv"
+        measured.save_rows(path, [row(us=10.0)])
+        assert measured.read_rows(path) == [row(us=10.0)]
+
     def test_newer_rows_take_the_place_of_older_ones(self, cache):
         write(cache, [row(us=10.0), row(us=5.0, M=512)])
         write(cache, [row(us=20.0), row("addmm", 7.0)])
