@@ -265,6 +265,7 @@ class _Call:
     def __init__(self, owner: _Siblings, groups: list[tuple[nn.Module, ...]]) -> None:
         self.owner = owner
         self.groups = groups
+        self.recording = _recording()
         self.waiting: list[tuple[nn.Module, tuple, Tensor]] = []
 
     def output_of(self, layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -286,7 +287,8 @@ class _Call:
         self, group: tuple[nn.Module, ...], layer: nn.Module, x: Tensor, state: tuple
     ) -> Tensor | None:
         branches = _branches(group, x)
-        if isinstance(branches, str):
+        # A checkpoint inside the parent recomputes outside this call, where every layer computes alone.
+        if isinstance(branches, str) or self.recording != _recording():
             return None
         weights, biases, As, Bs, alphas, dropouts = zip(*branches, strict=True)
         ys = lora_linear_group(x, weights, As, Bs, alphas, biases, dropouts[0])
@@ -312,10 +314,18 @@ def _state(x: Tensor) -> tuple:
         # A compiled graph has no version of x, so a parent that changes x in place between two projections is
         # not supported there.
         0 if torch.compiler.is_compiling() else x._version,
-        torch.is_grad_enabled(),
+        _recording(),
         autocast and torch.get_autocast_dtype(x.device.type),
         current_mode(),
     )
+
+
+def _recording() -> tuple:
+    """What is recorded for backward, and how: a checkpoint changes either."""
+    hooks = None
+    if not torch.compiler.is_compiling():
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), hooks
 
 
 def _branches(group: Sequence[Any], x: Tensor | None) -> list[Operands] | str:
