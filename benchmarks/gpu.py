@@ -165,7 +165,7 @@ def shapes_of(section: str, target: Target) -> tuple[list[AnyShape], list[AnySha
     """A section's shapes: those that every run should measure, and those for the remaining time."""
     if target.dry:
         return TINY.get(section, TINY_SHAPES[1:]), []
-    if section in PICTURES["mainloop"]:
+    if section in ("mainloop", *SCHEDULES):
         return llm_shapes((8192,), ranks=(16,)), []
     if section == "host":
         return [Shape(1, 4096, 4096, 16)], []

@@ -31,6 +31,7 @@ from fastlora.surgery import (
     HIDDEN_NAMES,
     ORIGINAL,
     LayerSpec,
+    adapter_parameters,
     check_enabled,
     check_not_parallel,
     check_own,
@@ -173,7 +174,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     config = _config_of(model, layers)
     own = _file_tensors(model) | _tensors_of(_also_saved(model))
     check_values(own, "save_adapter")
-    _warn_of_left_out(model, layers, own.values())
+    _warn_of_left_out(model, own.values())
     tensors = {name: _whole(tensor) for name, tensor in own.items()}
     replace_files(
         Path(os.path.realpath(directory)),
@@ -185,17 +186,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     )
 
 
-def _warn_of_left_out(
-    model: nn.Module, layers: Mapping[str, FusedLoRALinear], written: Iterable[Tensor]
-) -> None:
+def _warn_of_left_out(model: nn.Module, written: Iterable[Tensor]) -> None:
     """Warn of parameters that are trained but not written."""
-    known = {id(tensor) for tensor in written}
-    for layer in layers.values():  # A and B may be computed by a parametrization.
-        known.update(id(p) for name, p in layer.named_parameters() if name.startswith("parametrizations."))
+    known = adapter_parameters(model).union(written)
     left_out = [
         _file_path(name)
         for name, p in model.named_parameters()
-        if p.requires_grad and id(p) not in known and not getattr(p, "_is_flat_param", False)
+        if p.requires_grad and p not in known and not getattr(p, "_is_flat_param", False)
     ]
     if left_out:
         warnings.warn(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -120,11 +119,6 @@ def autocast_on(x: Tensor) -> bool:
     """Whether autocast is on for x's device; never on meta, for which PyTorch raises when asked."""
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
-def autocast_off(x: Tensor) -> AbstractContextManager:
-    """A block without autocast for x's device."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -411,10 +411,7 @@ class _Siblings:
 
 def _may_learn() -> bool:
     """Whether later calls may behave differently: a checkpoint must recompute what its forward pass did."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    )
+    return not torch.compiler.is_compiling() and _recording()[1] is None
 
 
 def _only_input(values: Sequence[Any], K: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora.checks import ADAPTER_DTYPES, check_adapter_dtype, check_alpha, check_dropout, check_rank
 from fastlora.dtensors import any_dtensor, is_wrapper
-from fastlora.function import Operands, autocast_off, autocast_on, lora_linear
+from fastlora.function import Operands, autocast_on, lora_linear
 
 _OWN_ATTRIBUTES = (
     "alpha",
@@ -314,9 +314,9 @@ class FusedLoRALinear(nn.Linear):
     def _updated_weight(self, alpha: float) -> Tensor:
         """weight + alpha * A @ B: (out_features, in_features), in weight's dtype, summed in at least fp32."""
         dtype = torch.promote_types(torch.promote_types(self.weight.dtype, self.A.dtype), torch.float32)
-        with autocast_off(self.weight):  # which would round the operands
-            sum_ = torch.addmm(self.weight.to(dtype), self.A.to(dtype), self.B.to(dtype), alpha=alpha)
-        return sum_.to(self.weight.dtype)
+        with torch.autocast(self.weight.device.type, enabled=False):  # it would round the operands
+            updated = torch.addmm(self.weight.to(dtype), self.A.to(dtype), self.B.to(dtype), alpha=alpha)
+        return updated.to(self.weight.dtype)
 
     def _merged_weight(self, name: str) -> Tensor:
         """The weight with the update; a ValueError prefixed with ``name`` if unknown or not finite."""

@@ -11,13 +11,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fastlora import overview, targets
 from fastlora.checks import check_model
-from fastlora.dtensors import any_dtensor
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -138,7 +137,7 @@ def _fused_class() -> type[FusedLinear]:
     return importlib.import_module("fastlora.peft_layer").FusedLinear
 
 
-def _peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """(name, layer) of every PEFT LoRA layer of any kind; none if PEFT has not been imported."""
     module = sys.modules.get("peft.tuners.lora.layer")
     if module is not None:
@@ -174,10 +173,9 @@ def _why_not(layer: LoraLayer) -> str:
         return f"{_kind(layer)} is not PEFT's plain linear layer"
     if layer._fastlora_last is None and "forward" in vars(layer):
         return "the layer's own forward is replaced"
-    found = module.find_operands(layer)
-    if isinstance(found, str) and not (layer._fastlora_last is not None and any_dtensor(*layer.parameters())):
-        return found
-    return layer._fastlora_last or ""  # FSDP2 gathers the parameters for a call alone, so only it can tell.
+    # FSDP2 gathers the parameters for a call alone, so only it can tell.
+    found = module.find_operands(layer, sharded=layer._fastlora_last is not None)
+    return found if isinstance(found, str) else layer._fastlora_last or ""
 
 
 def _describe(model: nn.Module) -> overview.SummaryPart | None:
@@ -191,11 +189,8 @@ def _describe(model: nn.Module) -> overview.SummaryPart | None:
             path, reason = "PEFT", ""
             fallbacks[why] += 1
         else:
-            active = next(a for a in layer.active_adapters if a in layer.lora_B)
-            drop = layer.lora_dropout[active]
-            p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-            A = layer.lora_B[active].weight
-            path, reason = overview.planned_path(layer.get_base_layer().weight, A, p)
+            operands = sys.modules["fastlora.peft_layer"].find_operands(layer, sharded=True)
+            path, reason = overview.planned_path(operands.weight, operands.A, operands.dropout)
             fused += 1
         shape = f"{layer.out_features} x {layer.in_features}"
         rows.append((name, shape, ", ".join(map(str, ranks)) or "-", path))

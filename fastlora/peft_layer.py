@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fastlora import ops
+from fastlora.dtensors import any_dtensor
 from fastlora.function import PLAIN_TENSORS, Operands, autocast_on, compute, needs_plain_operations
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -90,10 +91,11 @@ def why_not_extra(args: tuple, kwargs: dict[str, Any]) -> str:
     return f"extra arguments: {', '.join(kwargs) or len(args)}"
 
 
-def find_operands(layer: LoraLinear) -> Operands | str:
+def find_operands(layer: LoraLinear, sharded: bool = False) -> Operands | str:
     """The operands of the fused form in the layer's current state, or why PEFT's own forward has to run.
 
     For the one active adapter, A is ``lora_B.weight``, B is ``lora_A.weight`` and alpha is ``scaling``.
+    ``sharded``: DTensors too, which FSDP2 leaves between calls.
     """
     if layer._disable_adapters:
         return "adapters disabled"
@@ -135,7 +137,7 @@ def find_operands(layer: LoraLinear) -> Operands | str:
         and type(A) in PLAIN_TENSORS
         and type(B) in PLAIN_TENSORS
         and (bias is None or type(bias) in PLAIN_TENSORS)
-    ):
+    ) and not (sharded and any_dtensor(weight, A, B)):
         return _why_not_plain(weight, bias, A, B)
     if weight.requires_grad:
         return (

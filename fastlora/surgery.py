@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -209,13 +209,11 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
         layer._weight_shared_with = shared.get(layer, ())
     if untied:
         paths = [path for path, root in saved_modules(model).items() if root in untied]
-        config = _tied_in_name(model)
-        if config is None or getattr(config, "is_encoder_decoder", False):
-            note = "tie_weights() would undo that"
-        else:
-            # Frameworks call tie_weights() too, accelerate when it prepares a model for FSDP2 for example.
-            config.tie_word_embeddings = False
+        # Frameworks call tie_weights() too, accelerate when it prepares a model for FSDP2 for example.
+        if _untie_config(model) == "untied":
             note = "config.tie_word_embeddings is False now, so that tie_weights() does not undo that"
+        else:
+            note = "tie_weights() would undo that"
         warnings.warn(
             f"{listing(paths)} shared a weight with another module and now has its own copy, to be trained; "
             f"{note}",
@@ -249,18 +247,24 @@ def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None
 
 def _freeze(model: nn.Module, new_roots: Iterable[nn.Module]) -> None:
     """Freeze all but adapters and saved modules, whose requires_grad is kept; new roots become trainable."""
-    keep = {p for layer in adapted_layers(model).values() for p in (layer.A, layer.B)}
-    for layer in adapted_layers(model).values():
-        computed: Any = layer.parametrizations if is_parametrized(layer) else {}
-        for name in computed.keys() & {"A", "B"}:
-            keep.update(computed[name].parameters())
-    keep.update(p for root in saved_modules(model).values() for p in root.parameters())
+    keep = adapter_parameters(model)
     for parameter in model.parameters():
         if parameter not in keep:
             parameter.requires_grad_(False)
     for root in new_roots:
         for parameter in root.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
+
+
+def adapter_parameters(model: nn.Module) -> set[Tensor]:
+    """A and B of each layer, the parameters that a parametrization computes them from, and saved modules'."""
+    found: set[Tensor] = {p for layer in adapted_layers(model).values() for p in (layer.A, layer.B)}
+    for layer in adapted_layers(model).values():
+        computed: Any = layer.parametrizations if is_parametrized(layer) else {}
+        for name in computed.keys() & {"A", "B"}:
+            found.update(computed[name].parameters())
+    found.update(p for root in saved_modules(model).values() for p in root.parameters())
+    return found
 
 
 def adapted_encoders(model: nn.Module) -> list[Any]:
@@ -430,34 +434,39 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def _keep_untied(model: nn.Module) -> None:
     """Tell transformers, or else the user, that modules_to_save untied the embeddings of a merged model."""
-    config = _tied_in_name(model)
-    if config is None:
-        return
     untied = (
         "merge_lora: the input embedding and the head no longer share a weight, because modules_to_save "
         "untied them"
     )
-    if getattr(config, "is_encoder_decoder", False):
-        # Some of these models read the flag in forward, and all tie more than these two by it.
+    state = _untie_config(model)
+    if state == "untied":
+        warnings.warn(f"{untied}, so config.tie_word_embeddings is False now", stacklevel=3)
+    elif state == "kept":
         warnings.warn(
             f"{untied}. config.tie_word_embeddings stays True, as an encoder-decoder may depend on it; "
             "check that a saved model loads as it was (transformers before 5 would tie the two again)",
             stacklevel=3,
         )
-    else:
-        config.tie_word_embeddings = False
-        warnings.warn(f"{untied}, so config.tie_word_embeddings is False now", stacklevel=3)
 
 
-def _tied_in_name(model: nn.Module) -> Any:
-    """The config of a model whose embeddings a module to save untied, if it says that they are tied."""
+def _untie_config(model: nn.Module) -> Literal["untied", "kept"] | None:
+    """Set ``config.tie_word_embeddings`` to False where a module to save has untied the embeddings.
+
+    An encoder-decoder keeps it: some of these models read the flag in forward, and all tie more than these
+    two by it. None if the flag says nothing false.
+    """
     config: Any = getattr(model, "config", None)
     saved = set(saved_modules(model).values())
     ends = [embeddings_of(model, kind) for kind in ("input", "output")]
     if not getattr(config, "tie_word_embeddings", False) or not saved.intersection(ends):
         return None
     weights = [getattr(end, "weight", None) for end in ends]
-    return None if None in ends or weights[0] is weights[1] else config
+    if None in ends or weights[0] is weights[1]:
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        return "kept"
+    config.tie_word_embeddings = False
+    return "untied"
 
 
 def fully_sharded(model: nn.Module) -> dict[str, Any]:

@@ -135,8 +135,8 @@ class HopperConfig:
 
     def shared_bytes(self, itemsize: int) -> int:
         ring = self.slots * self.block_d * (self.block_m + self.block_e) * itemsize
-        halves_of_c = self.teams * self.block_m * self.block_e // 2 * itemsize
-        return ring + halves_of_c + 512  # 512 for the barriers and what the warps pass to each other
+        half_of_c = self.block_m * self.block_e // 2 * itemsize
+        return ring + self.teams * (half_of_c + 256)  # 256 for barriers and what the warps are passed
 
 
 @dataclass(frozen=True)
@@ -359,5 +359,12 @@ def select_hopper(sms: int, R: int, teams: int = 1) -> HopperConfig:
     # A team holds its tile in registers, 128 per thread: the tile of one warpgroup is half as wide.
     block_e, slots = (256, 4) if teams == 1 else (128, 6)
     return HopperConfig(
-        128, block_e, 64, _rank_block(R, 64), group_m=8, slots=slots, programs=sms, teams=teams
+        block_m=128,
+        block_e=block_e,
+        block_d=64,
+        block_r=_rank_block(R, 64),
+        group_m=8,
+        slots=slots,
+        programs=sms,
+        teams=teams,
     )
