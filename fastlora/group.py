@@ -355,14 +355,12 @@ class _Siblings:
     def __init__(self, groups: Sequence[tuple[str, ...]]) -> None:
         self.groups = tuple(groups)
         # Groups that turned out to be called with different tensors.
-        self.single: dict[tuple[str, ...], str] = {}
+        self.apart: set[tuple[str, ...]] = set()
         # Whether the last call had no input that all of them may be meant to take.
         self.without_input = False
 
     def members(self, parent: nn.Module, names: tuple[str, ...]) -> tuple[Any, ...] | str:
         """The group's layers, or why they do not form a group at present."""
-        if names in self.single:
-            return self.single[names]
         layers = tuple([parent._modules.get(name) for name in names])
         for name, layer in zip(names, layers, strict=True):
             if not hasattr(type(layer), "_group_branch"):
@@ -371,10 +369,13 @@ class _Siblings:
 
     def before(self, parent: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pass the parent its input as a new tensor object that carries the call."""
+        # In training a checkpoint has to recompute what its forward pass did, whatever was learned in between.
+        # Reentrant ones run forward without gradients, so parent.training has to tell.
+        apart = set() if torch.is_grad_enabled() or parent.training else self.apart
         groups = []
         for names in self.groups:
             layers = self.members(parent, names)
-            if not isinstance(layers, str):
+            if names not in apart and not isinstance(layers, str):
                 groups.append(layers)
         if not groups:
             return None
@@ -403,15 +404,10 @@ class _Siblings:
             if not torch.compiler.is_compiling():
                 del value._fastlora_call  # The parent may have returned it.
             left = [layer for layer, _, _ in call.waiting]
-            if call.close() and result is not None and _may_learn():
+            if call.close() and result is not None and not torch.compiler.is_compiling():
                 for names in self.groups:
                     if any(parent._modules.get(name) in left for name in names):
-                        self.single[names] = "not all of them were called with the same tensor"
-
-
-def _may_learn() -> bool:
-    """Whether later calls may behave differently: a checkpoint must recompute what its forward pass did."""
-    return not torch.compiler.is_compiling() and _recording()[1] is None
+                        self.apart.add(names)
 
 
 def _only_input(values: Sequence[Any], K: int) -> Tensor | None:
@@ -532,5 +528,9 @@ def group_states(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]
         for names in siblings.groups:
             layers = siblings.members(module, names)
             branches = layers if isinstance(layers, str) else _branches(layers, None)
-            why = "no one input that all may take in the last call" if siblings.without_input else ""
+            why = ""
+            if siblings.without_input:
+                why = "no one input that all may take in the last call"
+            elif names in siblings.apart:
+                why = "not all of them take the same tensor (in training, the first still computes all)"
             yield path, names, branches if isinstance(branches, str) else why
