@@ -39,8 +39,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     - Parameter values are not written (except in FSDP2's shards, which no graph refers to), so autograd
       graphs from outside the block stay valid. A checkpoint recomputed inside the block recomputes the frozen
       model: call ``backward`` outside.
-    - Casts and device moves made inside the block persist. A copy of the model made inside stays frozen, and
-      ``state_dict`` warns that it holds original values.
+    - Casts and device moves made inside the block persist. A copy of the model made inside stays frozen.
+    - For saved modules, ``state_dict`` warns that it holds original values and ``load_state_dict`` raises
+      ValueError.
     - A merged layer has its unmerged weight inside the block (the original up to rounding).
     - For a model sharded by FSDP2, pass the whole model, not a part of it; its saved modules and merged
       layers refuse a forward pass that records gradients.
@@ -215,6 +216,7 @@ def _use_original(holders: Sequence[Any], root: nn.Module, undo: ExitStack) -> N
     undo.callback(root.register_state_dict_pre_hook(_warn_of_original).remove)
     with _sharded(holders, root, undo):
         for module in list(root.modules()):
+            undo.callback(module.register_load_state_dict_pre_hook(_refuse_loading).remove)
             for name, _ in list(saved_tensors(module)):
                 original: Any = module._buffers[ORIGINAL + name]
                 if name in module._parameters:
@@ -272,6 +274,14 @@ def _write(parameter: Tensor, values: Tensor) -> None:
     if parameter.device.type == "cpu" and torch.cuda.is_initialized():
         torch.cuda.synchronize()  # An offloaded shard may still be in transfer to the GPU.
     parameter.copy_(values)
+
+
+def _refuse_loading(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    if any(name.startswith(prefix) for name in state):
+        raise ValueError(
+            f"load_state_dict inside disable_adapter: {prefix.removesuffix('.') or type(module).__name__} "
+            "holds its original values there, which would be lost"
+        )
 
 
 def _warn_of_original(root: nn.Module, prefix: str, keep_vars: bool) -> None:

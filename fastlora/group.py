@@ -369,7 +369,7 @@ class _Siblings:
 
     def before(self, parent: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pass the parent its input as a new tensor object that carries the call."""
-        # In training a checkpoint has to recompute what its forward pass did, whatever was learned in between.
+        # In training a checkpoint recomputes what its forward pass did, whatever was learned in between.
         # Reentrant ones run forward without gradients, so parent.training has to tell.
         apart = set() if torch.is_grad_enabled() or parent.training else self.apart
         groups = []

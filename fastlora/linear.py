@@ -112,8 +112,8 @@ class FusedLoRALinear(nn.Linear):
         adapter_dtype: dtype of A and B; None means weight's.
 
     Raises:
-        ValueError: rank below 1, dropout outside [0, 1], non-finite alpha, or an adapter dtype that is not
-            floating-point of 16, 32 or 64 bits.
+        ValueError: rank below 1, dropout outside [0, 1], non-finite alpha, a dtype that is not
+            floating-point, or an adapter dtype that is not floating-point of 16, 32 or 64 bits.
         TypeError: a rank that is not an integer, an alpha or dropout that is not a number.
     """
 
@@ -133,6 +133,8 @@ class FusedLoRALinear(nn.Linear):
         check_alpha(alpha)
         check_dropout(dropout)
         check_adapter_dtype(adapter_dtype or dtype or torch.get_default_dtype())
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise ValueError(f"weight must be floating-point, got {dtype}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._add_adapter(rank, alpha, dropout, adapter_dtype)
 

@@ -554,6 +554,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"int32.*adapter_dtype"):
             FusedLoRALinear(7, 5, 3, dtype=torch.int32)
 
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.int8])
+    def test_a_base_that_is_not_floating_point(self, dtype):
+        with pytest.raises(ValueError, match=f"weight must be floating-point, got {dtype}"):
+            FusedLoRALinear(7, 5, 3, dtype=dtype, adapter_dtype=torch.float32)
+
     @pytest.mark.parametrize("shape", [(6,), (3, 8), (2, 3, 5)])
     def test_wrong_width_of_x(self, shape):
         with pytest.raises(ValueError, match=rf"x \({', '.join(map(str, shape))},?\).*weight \(5, 7\)"):

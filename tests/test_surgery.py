@@ -860,6 +860,8 @@ class TestDisableAdapter:
             fastlora.merge_lora,
             fastlora.adapter_state_dict,
             lambda model: fastlora.load_adapter_state_dict(model, {}),
+            lambda model: model.score[0].load_state_dict({"bias": torch.ones(WIDTH)}, strict=False),
+            lambda model: model.load_state_dict({"score.0.bias": torch.ones(WIDTH)}, strict=False),
         ],
     )
     def test_calls_inside_are_errors(self, function):
