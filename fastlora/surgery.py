@@ -76,19 +76,21 @@ def apply_lora(
         target_modules: matched as in PEFT. Several names: each selects the modules with exactly that name or
             a name that ends in ``.name``. A string: a regular expression that must match the whole name.
             ``"all-linear"``: every module that is exactly an ``nn.Linear`` (no subclasses) except the output
-            head, which is what the model's ``get_output_embeddings()`` returns or else its direct child
-            called lm_head, score, classifier, qa_outputs or head. Modules inside ``modules_to_save`` are
-            excluded, as are layers whose weight a transformers model is known to read without calling them.
+            head, which is what the model's ``get_output_embeddings()`` returns or else the first of its
+            direct children lm_head, score, classifier, qa_outputs and head. Modules inside
+            ``modules_to_save`` are excluded, as are layers whose weight a transformers model is known to read
+            without calling them.
         rank: R of every adapter. alpha: the multiplier of the update (PEFT's ``lora_alpha / r``).
         dropout: probability in [0, 1] of dropping an element of the update's input in training.
         adapter_dtype: dtype of A and B; None means that of the layer's weight.
-        modules_to_save: names, matched like ``target_modules``, of modules to train as a whole, such as a new
-            head, or None; :func:`adapter_state_dict` and :func:`fastlora.save_adapter` include them. A module
-            gets its own copy of any weight it shares with another (tied embeddings). ``disable_adapter``
-            restores the values the modules have now, so load the base model's values first:
-            ``state_dict()`` does not contain them, and loading one does not change them. If this unties the
-            embeddings of a transformers model, ``config.tie_word_embeddings`` becomes False, with a warning:
-            ``tie_weights()`` would discard what one of them learns (but see :func:`merge_lora`).
+        modules_to_save: names, matched like several ``target_modules`` (a string is one name), of modules to
+            train as a whole, such as a new head, or None; :func:`adapter_state_dict` and
+            :func:`fastlora.save_adapter` include them. A module gets its own copy of any weight it shares
+            with another (tied embeddings). ``disable_adapter`` restores the values the modules have now, so
+            load the base model's values first: ``state_dict()`` does not contain them, and loading one does
+            not change them. If this unties the embeddings of a transformers model,
+            ``config.tie_word_embeddings`` becomes False, with a warning: ``tie_weights()`` would discard what
+            one of them learns (but see :func:`merge_lora`).
 
     Returns:
         ``model``.
