@@ -274,7 +274,7 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
     """The step that sums dx over the branches; ``dx``: the step of one layer as wide as all of them."""
     p = problem
     chosen = mode == "auto" and p.device.kind == "cuda" and p.dtype in _HALF and not why_not_triton(p)
-    # A configuration is selected only if a kernel can run: for float64, say, none fits.
+    # An empty product has no configuration.
     if not (chosen or dx.path == "triton") or kernel_step(p, "dx").config is None:
         return dx
     config = configs.select_gemm(p.device.tile_capability, p.M, p.K, p.R, p.dtype.itemsize, p.dropout)
