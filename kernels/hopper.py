@@ -68,6 +68,12 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def _before(slot, SLOTS: gl.constexpr):
+    """The slot before ``slot``."""
+    return gl.where(slot == 0, SLOTS - 1, slot - 1)
+
+
+@gluon.jit
 def _skip(slot, phase, steps, SLOTS: gl.constexpr):
     """:func:`_next`, ``steps`` times."""
     place = slot + steps
@@ -174,21 +180,20 @@ def _consumer(
             slot, phase = _next(slot, phase, SLOTS)
         acc = acc * scale
 
-        previous = slot
         for d in range(0, D, BLOCK_D):
             mbarrier.wait(ready.index(slot), phase)
             p, q = _operands(slot, p_ring, q_ring, BLOCK_D, Q_BY_ROWS)
             acc = warpgroup_mma(p, q, acc, is_async=True)
             # All products before this one have finished, so the previous slot is free.
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index(previous), count=1, pred=d > 0)
-            previous = slot
+            mbarrier.arrive(empty.index(_before(slot, SLOTS)), count=1, pred=d > 0)
             slot, phase = _next(slot, phase, SLOTS)
+        last = _before(slot, SLOTS)
         if TEAMS > 1:
             mbarrier.arrive(turn.index(TEAM ^ 1), count=1)
             slot, phase = _skip(slot, phase, steps, SLOTS)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(previous), count=1)
+        mbarrier.arrive(empty.index(last), count=1)
 
         if HAS_BIAS:
             offs_e = tile_e * BLOCK_E + gl.arange(0, BLOCK_E, gl.SliceLayout(0, ACC_LAYOUT))
