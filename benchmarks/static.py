@@ -1,6 +1,6 @@
 """What the compiler reports about every shipped kernel configuration, without a GPU: static.csv.
 
-    python benchmarks/static.py --out DIR [--arch 80 86 89 90 100 120]
+    python benchmarks/static.py --out DIR [--arch 80 86 89 90 100 120] [--kernel NAME ...] [--keep]
 
 Each row is one kernel with the configuration that ``fastlora.kernels.configs`` selects for one case on one
 architecture, compiled as the launcher would compile it (16-byte aligned pointers, strides and sizes that are
@@ -140,7 +140,7 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
         )
         if arch == 90:
             for teams in (1, 2):
-                for R in (16, *RANKS[1:]):
+                for R in (0, 16, *RANKS[1:]):  # 0: the update off, for the benchmarks
                     found += [Case("hopper", arch, 8192, R, backward=dx, teams=teams) for dx in (False, True)]
                 found.append(Case("hopper", arch, 8192, 16, dtype="fp16", adapter="fp16", teams=teams))
     return found
@@ -303,8 +303,8 @@ _SOURCES = {
 _NEVER_DIVISIBLE = {"keep_threshold", "scale"}
 
 
-def compile_case(case: Case) -> Row:
-    """Compile one case for its architecture and read what ptxas and the disassembler report about it."""
+def compile_case(case: Case) -> tuple[Row, dict[str, str]]:
+    """Compile one case for its architecture: what ptxas and nvdisasm report, and the TTGIR and PTX."""
     kernel, arguments, config = _SOURCES[case.kernel](case)
     signature, constexprs, attrs = {}, {}, {}
     for index, (name, value) in enumerate(arguments.items()):
@@ -330,7 +330,7 @@ def compile_case(case: Case) -> Row:
     compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     registers, spills, warnings = _ptxas(compiled.asm["ptx"])
     mma, mma_count, async_copies = _instructions(compiled.asm["cubin"])
-    return Row(
+    row = Row(
         kernel=case.kernel,
         config=" ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items()),
         arch=case.arch,
@@ -348,6 +348,7 @@ def compile_case(case: Case) -> Row:
         async_copies=async_copies,
         warnings=warnings,
     )
+    return row, {name: compiled.asm[name] for name in ("ttgir", "ptx")}
 
 
 def _ptxas(ptx: str) -> tuple[int, int, str]:
@@ -388,17 +389,20 @@ def main() -> None:
     parser.add_argument(
         "--arch", type=int, nargs="+", default=ARCHS, choices=ARCHS, help="compute capabilities"
     )
+    parser.add_argument("--keep", action="store_true", help="also N.ttgir and N.ptx of the N-th row, from 0")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with open(arguments.out / "static.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
-        for case in cases(tuple(arguments.arch)):
-            if case.kernel not in arguments.kernel:
-                continue
-            row = dataclasses.asdict(compile_case(case))
+        chosen = [case for case in cases(tuple(arguments.arch)) if case.kernel in arguments.kernel]
+        for number, case in enumerate(chosen):
+            compiled, texts = compile_case(case)
+            row = dataclasses.asdict(compiled)
             writer.writerow(row)
             file.flush()
+            for name, text in texts.items() if arguments.keep else ():
+                (arguments.out / f"{number}.{name}").write_text(text)
             print(*(row[key] for key in row if key != "config"), "|", row["config"])
 
 

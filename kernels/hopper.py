@@ -21,9 +21,9 @@ while the other's main loop runs.
 A wait names only the parity of a phase, so it must begin less than two phases ahead. The ring alone does not
 ensure this for two teams, as one would wait for slots that the other has yet to see; the turns do.
 
-This kernel has not run on a GPU yet: it compiles (benchmarks/static.py), and its schedule and arithmetic are
-emulated (tests/test_hopper.py). The planner therefore chooses it only on request (FASTLORA_HOPPER=1), in the
-cooperative schedule.
+This kernel has not run on a GPU yet: it compiles (benchmarks/static.py), and the form that the compiler gives
+it, TTGIR, is emulated (tests/test_hopper.py). The planner therefore chooses it only on request
+(FASTLORA_HOPPER=1), in the cooperative schedule.
 """
 
 import torch
