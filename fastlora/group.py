@@ -32,7 +32,20 @@ from fastlora.kernels.configs import MAX_BRANCHES, MAX_RANK
 from fastlora.paths import current_mode
 
 # Children of one parent that are called with the same tensor.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),  # Llama and most others
+    ("query", "key", "value"),  # BERT, ViT
+    ("q", "k", "v"),  # T5
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT, XLM
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa
+    ("to_q", "to_k", "to_v"),  # diffusers
+    ("q_proj", "q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek, which has one of the first two
+    ("in_proj_qkvz", "in_proj_ba"),  # Qwen3-Next
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),  # Qwen3.5
+    ("gate_proj", "up_proj"),  # Llama and most others
+    ("wi_0", "wi_1"),  # T5
+    ("w1", "w3"),  # Llama as published, torchtune
+)
 # The key of the hooks on every parent. Compiled code is guarded on hook keys, so different ones would cause a
 # recompilation for each of a model's blocks. PyTorch's own keys count up from 0.
 _HOOK_KEY = -1
@@ -445,16 +458,16 @@ def _hooked_parents(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Sibling
 def group_projections(model: nn.Module) -> nn.Module:
     """Let adapted sibling layers of a model, such as q/k/v and gate/up, run as groups, in place.
 
-    Siblings are children of one module called q_proj, k_proj and v_proj, or query, key and value, or
-    gate_proj and up_proj; two or more with adapters form a group, after ``apply_lora`` as after
-    ``fuse_peft``. The first one called with the parent's own input computes the outputs of all by
-    :func:`lora_linear_group`; the others, if called with the same tensor object, take theirs. Values and
-    gradients are the same up to rounding; in training with dropout the siblings share one mask. Only hooks
-    are added to the parents: layers, parameters and names stay. Siblings compute alone wherever the group
-    would not give the same: called with different tensors (cross attention) or outside the parent, merged or
-    disabled adapters, hooks on them, sharded weights, different dropouts, inference mode.
-    :func:`fastlora.summary` lists the reasons. Within one call of the parent, parameters and alphas must not
-    change between the calls of siblings.
+    Siblings are children of one module called q_proj, k_proj and v_proj, or gate_proj and up_proj, or what
+    other families call these (``fastlora.group.SIBLINGS``); two or more with adapters form a group, after
+    ``apply_lora`` as after ``fuse_peft``. The first one called with the parent's own input computes the
+    outputs of all by :func:`lora_linear_group`; the others, if called with the same tensor object, take
+    theirs. Values and gradients are the same up to rounding; in training with dropout the siblings share
+    one mask. Only hooks are added to the parents: layers, parameters and names stay. Siblings compute alone
+    wherever the group would not give the same: called with different tensors (cross attention) or outside
+    the parent, merged or disabled adapters, hooks on them, sharded weights, different dropouts, inference
+    mode. :func:`fastlora.summary` lists the reasons. Within one call of the parent, parameters and alphas
+    must not change between the calls of siblings.
 
     Args:
         model: any module; a second call searches for siblings anew.

@@ -1492,3 +1492,126 @@ class TestTransformers:
         fastlora.group_projections(model)
         same_outcome(step(torch.compile(model, backend="aot_eager", fullgraph=True), tokens), apart_)
         torch._dynamo.reset()
+
+
+def tiny_of(name, **sizes):
+    transformers = pytest.importorskip("transformers")
+    family = name.partition("For")[0].removesuffix("Model")
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = next(
+        c for suffix in ("TextConfig", "Config") if (c := getattr(transformers, family + suffix, None))
+    )
+    return getattr(transformers, name)(config(vocab_size=40, **sizes))
+
+
+LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+DECODER = {**LAYERS, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+ROUTED = {"n_routed_experts": 4, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1}
+# Families that call their siblings otherwise: the model, its sizes, and its groups with how many it has.
+OTHERS = {
+    "DistilBertModel": (
+        {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0},
+        {"q_lin/k_lin/v_lin": 2},
+    ),
+    "MT5ForConditionalGeneration": (
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+        {"SelfAttention.q/k/v": 4, "wi_0/wi_1": 4},
+    ),
+    "DebertaV2Model": (
+        {
+            **LAYERS,
+            "num_hidden_layers": 2,
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "share_att_key": True,  # query_proj and key_proj are called with the positions too
+            "position_buckets": 8,
+            "max_relative_positions": 16,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        {"query_proj/key_proj/value_proj": 2},
+    ),
+    "DeepseekV3ForCausalLM": (
+        {**LAYERS, "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_experts_per_tok": 2}
+        | {**LATENT, **ROUTED},
+        {"q_a_proj/kv_a_proj_with_mqa": 2, "gate_proj/up_proj": 2},
+    ),
+    "Qwen3NextForCausalLM": (
+        {**DECODER, **DELTA, **EXPERTS, "num_experts_per_tok": 2},
+        {"in_proj_qkvz/in_proj_ba": 1, "q_proj/k_proj/v_proj": 1, "gate_proj/up_proj": 2},
+    ),
+    "Qwen3_5ForCausalLM": (
+        {**DECODER, **DELTA},
+        {"in_proj_qkv/in_proj_z/in_proj_b/in_proj_a": 1, "q_proj/k_proj/v_proj": 1, "gate_proj/up_proj": 2},
+    ),
+    "Lfm2ForCausalLM": (
+        {**DECODER, "layer_types": ["conv", "full_attention"]},
+        {"q_proj/k_proj/v_proj": 1, "w1/w3": 2},
+    ),
+}
+
+
+class TestOtherNames:
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_same_values_and_gradients(self, name):
+        sizes, expected = OTHERS[name]
+        model, tokens = tiny_of(name, **sizes), torch.randint(1, 40, (2, 9))
+        fastlora.apply_lora(model, "all-linear", rank=4, alpha=2.0)
+        for parameter, p in model.named_parameters():
+            if parameter.endswith(".A"):
+                nn.init.normal_(p, std=0.2)
+
+        def values():
+            model.zero_grad()
+            y = model(input_ids=tokens, **({"labels": tokens} if "Conditional" in name else {}))[key]
+            (y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum().backward()
+            return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+        key = "last_hidden_state" if name.endswith("Model") else "logits"
+        apart_ = values()
+        fastlora.group_projections(model)
+        for ours, theirs in zip(values(), apart_, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:  # recurrences add up rounding errors
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4 * theirs.abs().max().item())
+        found = {}
+        for line in fastlora.summary(model).splitlines():
+            if line.startswith("grouped: "):
+                group = next(wanted for wanted in expected if wanted in line)
+                found[group] = found.get(group, 0) + int(line.rpartition("(")[2].removesuffix(")"))
+        assert found == expected
+
+    def test_projections_called_by_another_object(self, launches):
+        """diffusers' processors call the projections of the attention layer that calls them."""
+
+        class Attention(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.to_q, self.to_k, self.to_v = (nn.Linear(24, 16, bias=False) for _ in range(3))
+
+            def forward(self, hidden_states, encoder_hidden_states=None):
+                return process(self, hidden_states, encoder_hidden_states)
+
+        def process(attention, x, memory):
+            memory = x if memory is None else memory
+            return torch.cat([attention.to_q(x), attention.to_k(memory), attention.to_v(memory)], -1)
+
+        model = nn.Sequential(Attention())
+        fastlora.apply_lora(model, ["to_q", "to_k", "to_v"], rank=3)
+        x = torch.randn(2, 5, 24)
+        apart_ = outcome(model, x)
+        fastlora.group_projections(model)
+        launches.clear()
+        same_outcome(outcome(model, x), apart_)
+        assert launches == ["g"]
+        assert "grouped: 0.to_q/to_k/to_v (1)" in fastlora.summary(model)
