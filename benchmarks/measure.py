@@ -28,6 +28,7 @@ from timing import (
     saved_bytes,
 )
 
+from fastlora.device import sums_in_float32
 from fastlora.tune import in_turn
 
 MIB = 2**20
@@ -196,6 +197,7 @@ class Checks:
         self._seed = torch.tensor([20240607], device=problem.device)
         self._dropping: Checker | None = None
 
+    @sums_in_float32()
     def status(self, provider: Provider) -> str:
         """OK, "unavailable: why", "error: what it raised", or "check failed: what was wrong"."""
         if self._problem.dropout and not provider.dropout:

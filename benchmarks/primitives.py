@@ -21,6 +21,7 @@ from shapes import Shape
 from timing import alternate, captured, input_sets
 from torch import Tensor
 
+from fastlora.device import sums_in_float32
 from fastlora.ops import raise_out_of_memory
 from fastlora.tune import DROPOUT, in_turn, least_read
 
@@ -193,6 +194,7 @@ def _add_hopper(
     product.exact[name + OFF] = product.exact[FLOOR]
 
 
+@sums_in_float32()
 def failures(product: Product, device: torch.device) -> dict[str, str]:
     """What is wrong with each kernel; its error may be at most twice that of the BLAS call, plus 1e-6."""
     allowed = _errors(product.blas(), product.exact[FLOOR])

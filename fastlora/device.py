@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,3 +58,22 @@ def _bandwidth(properties) -> float:
     kilohertz, bits = (getattr(properties, f"memory_{name}", 0) for name in ("clock_rate", "bus_width"))
     rate = 2e3 * kilohertz * bits / 8
     return rate if 1e11 < rate < 5e13 else 0.0
+
+
+@contextmanager
+def sums_in_float32() -> Iterator[None]:
+    """While results are checked: cuBLAS adds the parts of a split half-precision product in float32.
+
+    By default it may add them in half precision. Whether it splits depends on the layouts of the operands, so
+    a product and its transpose could differ in accuracy by more than any check allows.
+    """
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("fp16", "bf16")]
+    before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)

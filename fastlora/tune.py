@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fastlora import masks, measured, ops, planner, reference
 from fastlora.adapters import config_from
-from fastlora.device import Device, describe
+from fastlora.device import Device, describe, sums_in_float32
 from fastlora.kernels import configs
 from fastlora.measured import OK, Row
 from fastlora.planner import Problem, Step
@@ -239,7 +239,8 @@ def products(shape: Shape) -> list[tuple[str, bool]]:
 def check(one: Computation, path: str) -> str:
     """ "ok", or what is wrong with a path: an exception, a non-finite value or too large an error."""
     try:
-        results, eager = (_as_tuple(one.run(name)) for name in (path, "reference"))
+        with sums_in_float32():
+            results, eager = (_as_tuple(one.run(name)) for name in (path, "reference"))
         faults = (_fault(*each) for each in zip(results, eager, one.exact, strict=True))
         return next((fault for fault in faults if fault), OK)
     except Exception as error:  # whatever a compiler or driver raises, the path does not work here

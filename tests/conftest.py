@@ -21,6 +21,12 @@ if importlib.util.find_spec("fastlora") is None or importlib.util.find_spec("fas
 
 import pytest  # noqa: E402
 
+if CUDA:
+    from fastlora.device import sums_in_float32
+
+    checking = sums_in_float32()  # kept, as the end of the object would end the context
+    checking.__enter__()
+
 if not CUDA and importlib.util.find_spec("triton") is not None:
     from interpreter import repair_bfloat16
 

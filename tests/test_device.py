@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlora.device import describe
+from fastlora.device import describe, sums_in_float32
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,23 @@ def test_bandwidth(properties, bandwidth, monkeypatch):
     device = describe.__wrapped__(torch.device("cuda", 0))
     assert device.bandwidth == pytest.approx(bandwidth, rel=1e-3)
     assert (device.capability, device.sms) == (90, 132)
+
+
+def test_sums_in_float32_is_undone():
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    values = {"fp16": (False, True), "bf16": (True, True)}
+
+    def flags():
+        return [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
+
+    before = flags()
+    try:
+        for name, value in zip(names, values.values(), strict=True):
+            setattr(matmul, name, value)
+        with sums_in_float32():
+            assert flags() == [(False, True)] * 2
+        assert flags() == list(values.values())
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
