@@ -48,6 +48,8 @@ def rows(tmp_path_factory):
         found = list(csv.DictReader(file))
     for number, row in enumerate(found):
         row |= {name: (folder / f"{number}.{name}").read_text() for name in ("ttgir", "ptx")}
+        # It is compiled for multiples of 16, but run for all sizes: nothing of this form depends on it.
+        row["ttgir"] = row["ttgir"].replace(" {tt.divisibility = 16 : i32}", "")
     return found
 
 
@@ -66,8 +68,10 @@ def compiled(rows, teams, R=16, dtype="bf16", q_by_rows=False):
 def assert_right(ttgir, M, D, E, R, programs, dtype=torch.bfloat16, q_by_rows=False, seed=0):
     p, q, u, v, bias = matrices(M, D, E, R, dtype, q_by_rows, bias=not q_by_rows)
     scale = 1.5
-    given = (p, q, u, v) if R else (p, q, p, q)
-    actual = ttgir_emulator.run(ttgir, programs, *given, scale, bias, q_by_rows, seed)
+    actual = torch.full((M, E), float("nan"), dtype=dtype)
+    arguments = {"p_desc": p, "q_desc": q, "u_desc": u if R else p, "v_desc": v if R else q, "c_desc": actual}
+    arguments |= {"bias_ptr": bias, "scale": scale, "M": M, "D": D, "E": E}
+    ttgir_emulator.run(ttgir, (programs,), arguments, seed)
     right, update = (q, v) if q_by_rows else (q.t(), v.t())
 
     def formula(cast):

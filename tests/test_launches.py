@@ -1,4 +1,4 @@
-"""Every launcher's arguments, odd ones too, compile as Triton specialises them on a GPU; none is needed."""
+"""What Triton makes of every launch, odd arguments too, computes the right values; no GPU is needed."""
 
 import json
 import os
@@ -10,31 +10,54 @@ import pytest
 
 from fastlora.kernels.configs import SHARED_MEMORY
 
-SCRIPT = Path(__file__).with_name("compile_launches.py")
+SCRIPT = Path(__file__).with_name("emulate_launches.py")
 
 
 ARCHS = (86, 90)  # the least shared memory, and wgmma
 
 
+def start(*arguments):
+    """The script in a process of its own, with the interpreter off."""
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.fixture(scope="module")
 def rows_of():
-    """The kernels compiled for each architecture, by two processes with the interpreter off."""
-    workers = {
-        arch: subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(arch)],
-            env={**os.environ, "TRITON_INTERPRET": "0"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for arch in ARCHS
-    }
+    """The kernels of each architecture; the script fails if one computes a wrong value."""
+    workers = {arch: start(arch) for arch in ARCHS}
     rows = {}
     for arch, worker in workers.items():
         output, errors = worker.communicate()
         assert worker.returncode == 0, errors[-4000:]
         rows[arch] = [json.loads(line) for line in output.splitlines()]
     return rows
+
+
+FAULTS = {
+    "a copy not waited for": (r"(ttg\.async_wait .*num =) \d+", r"\1 9", ": error nan, values of"),
+    "a product not waited for": (r"pendings = 0 ", "pendings = 1 ", "before its products had finished"),
+    "a loop variable that is not carried": (
+        r"(iter_args\((%\w+) = (?:.|\n)*?scf\.yield )%[\w#]+",
+        r"\1\2",
+        ": error ",
+    ),
+    "no mask": (r"(tt\.store %\w+, %\w+), %\w+", r"\1", "out of bounds"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_emulation_finds(rows_of, fault):
+    pattern, replacement, message = FAULTS[fault]
+    worker = start(90, pattern, replacement)
+    errors = worker.communicate()[1]
+    assert worker.returncode == 1
+    assert message in errors, errors[-4000:]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

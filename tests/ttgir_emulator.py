@@ -1,14 +1,18 @@
-"""Runs fastlora's Gluon kernel as Triton has compiled it for a GPU, without one, from its TTGIR.
+"""Runs fastlora's kernels as Triton has compiled them for a GPU, without one, from their TTGIR.
 
-The source alone is not enough: the compiler decides which variables a loop carries. TTGIR is the last form in
-which barriers, TMA copies and products are single operations; its text is parsed and run on float32 arrays.
+Triton's interpreter runs the source, which is not enough (the compiler decides which variables a loop
+carries), and cannot run Gluon. TTGIR is the last form in which copies, barriers and products are single
+operations; its text is parsed and run on arrays.
 
-Each asynchronous operation happens at the moment that is worst for the kernel. A TMA load spoils its slot as
-soon as it is issued and writes it much later; the slots of a product and the buffer of a TMA store must stay
-as they are until these are waited for. Shared memory begins as NaN. Partitions take turns in a random order,
-and if none can go on, :class:`Deadlock` is raised.
+Each asynchronous operation happens at the moment that is worst for the kernel. A copy spoils its shared
+memory as soon as it is issued and fills it much later; the operands of a product and the buffer of a TMA
+store must stay as they are until these are waited for. Shared memory begins as NaN. The partitions of a
+program take turns in a random order, and if none can go on, :class:`Deadlock` is raised. Also checked: the
+bounds of every access, races between programs, and what the compiler was told of the arguments.
 """
 
+import functools
+import itertools
 import math
 import operator
 import random
@@ -21,6 +25,13 @@ import numpy as np
 import torch
 
 Steps = Iterator[bool]  # of a partition: whether it could take its next step
+TYPES = {
+    "i1": np.bool_, "i8": np.int8, "i16": np.int16, "i32": np.int32, "i64": np.int64,
+    "f16": np.float32, "bf16": np.float32, "f32": np.float32,
+}  # fmt: skip
+NAME = r"%[\w\-.$]+(?:#\d+)?"
+UNSIGNED = {np.dtype(np.int32): np.uint32, np.dtype(np.int64): np.uint64}
+HALF = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Deadlock(RuntimeError):
@@ -32,23 +43,29 @@ class Deadlock(RuntimeError):
 
 @dataclass
 class Op:
-    """One operation: ``%a, %b = name <text>``, with the blocks that belong to it."""
+    """One operation: ``%a, %b = name <text>``, with the blocks that belong to it by name.
+
+    Results that share a name, ``%a:2``, are called ``%a#0`` and ``%a#1``.
+    """
 
     results: list[str]
     name: str
     text: str
     blocks: dict[str, "Block"] = field(default_factory=dict)
 
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%[\w#]+", re.split(r" : | \{", self.text)[0])
+    def __post_init__(self):
+        self.operands = re.findall(NAME, re.split(r" : | \{", self.text)[0])
+        shapes = re.findall(r"(?:tensor|memdesc)<((?:\d+x)+)", self.text)
+        # Those of the last type, the result's.
+        self.shape = tuple(map(int, shapes[-1][:-1].split("x"))) if shapes else ()
+        elements = re.findall(r"\b(?:\d+x)*(i1|i8|i16|i32|i64|f16|bf16|f32)\b", self.text)
+        self.element = elements[-1] if elements else ""
 
     def number(self, attribute: str) -> int:
         return int(re.search(rf"{attribute} = (-?\d+)", self.text).group(1))
 
-    def shape(self) -> tuple[int, ...]:
-        """That of the last type, the result's."""
-        return tuple(map(int, re.findall(r"(?:tensor|memdesc)<((?:\d+x)+)", self.text)[-1][:-1].split("x")))
+    def numbers(self, pattern: str) -> tuple[int, ...]:
+        return tuple(map(int, re.search(pattern, self.text).group(1).split(",")))
 
 
 @dataclass
@@ -57,45 +74,105 @@ class Block:
     ops: list[Op]
 
 
+@functools.cache
 def parse(text: str) -> tuple[dict[str, str], list[Op]]:
-    """The kernel's arguments with their types, and its operations."""
+    """The kernel's arguments with their types and hints, and its operations."""
     text = re.sub(r' loc\((?:#loc\d*|unknown|"[^"]*"(?:\(#loc\d*\))?|callsite[^)]*\))\)', "", text)
     lines = iter(line.strip() for line in text.splitlines() if line.strip())
     header = next(line for line in lines if line.startswith("tt.func"))
-    return dict(re.findall(r"(%\w+): ([^%]+)[,)]", header)), _ops(lines)
+    return dict(re.findall(r"(%\w+): ([^%]+)[,)]", header)), _ops(lines)[0]
 
 
-def _ops(lines: Iterator[str]) -> list[Op]:
-    """The operations up to the end of a block."""
+def _ops(lines: Iterator[str]) -> tuple[list[Op], str]:
+    """The operations up to the end of a block, and the line that ends it."""
     ops: list[Op] = []
     for line in lines:
         if line.startswith("}"):
-            break
+            return ops, line
         left, right = line.split(" = ", 1) if line.startswith("%") else ("", line)
         name = re.match(r"[\w.]+", right).group()
-        op = Op(re.findall(r"%\w+", left), name, right[len(name) :])
+        results: list[str] = []
+        for result, count in re.findall(r"(%[\w\-.$]+)(?::(\d+))?", left):
+            results += [f"{result}#{i}" for i in range(int(count))] if count else [result]
+        op = Op(results, name, right[len(name) :])
+        end = ""
         if name == "ttg.warp_specialize":
-            for head in lines:
-                # The line that ends the last block has the types of all.
-                ends: list[str] = []
-                inner = _ops(_noting_ends(lines, ends))
+            while not end.startswith("} :"):  # the last block's end has the types of all
+                head = next(lines)
+                inner, end = _ops(lines)
                 op.blocks[re.match(r"\w+", head).group()] = Block(re.findall(r"(%\w+):", head), inner)
-                if ends[-1] != "}":
-                    break
         elif right.endswith("{"):
-            op.blocks["body"] = Block([], _ops(lines))
+            inner, end = _ops(lines)
+            op.blocks["body"] = Block([], inner)
+            if end == "} else {":
+                op.blocks["else"] = Block([], _ops(lines)[0])
         ops.append(op)
-    return ops
+    return ops, ""
 
 
-def _noting_ends(lines: Iterator[str], ends: list[str]) -> Iterator[str]:
-    for line in lines:
-        if line.startswith("}"):
-            ends.append(line)
-        yield line
+# --- Memory -----------------------------------------------------------------------------------------------
 
 
-# --- What it runs on --------------------------------------------------------------------------------------
+class Global:
+    """The storage of a tensor, with the program that wrote each element and the one that read it."""
+
+    NOBODY, SEVERAL = -1, -2
+
+    def __init__(self, tensor: torch.Tensor):
+        self._elements = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        self._writer = np.full(len(self._elements), self.NOBODY)
+        self._reader = self._writer.copy()
+
+    def load(self, places: np.ndarray, program: int) -> np.ndarray:
+        self._check_bounds(places)
+        assert np.isin(self._writer[places], (self.NOBODY, program)).all(), "read after another's write"
+        alone = np.isin(self._reader[places], (self.NOBODY, program))
+        self._reader[places] = np.where(alone, program, self.SEVERAL)
+        values = self._elements[torch.from_numpy(places)]
+        return (values.float() if values.is_floating_point() else values).numpy()
+
+    def store(self, places: np.ndarray, values: np.ndarray, program: int) -> None:
+        self._check_bounds(places)
+        assert len(np.unique(places)) == places.size, "one store writes an element twice"
+        assert (self._writer[places] == self.NOBODY).all(), "an element is written twice"
+        assert np.isin(self._reader[places], (self.NOBODY, program)).all(), "written after another's read"
+        self._writer[places] = program
+        self._elements[torch.from_numpy(places)] = torch.from_numpy(values).to(self._elements.dtype)
+
+    def _check_bounds(self, places):
+        assert not places.size or 0 <= places.min() <= places.max() < len(self._elements), "out of bounds"
+
+
+@dataclass
+class Pointer:
+    """Elements of a tensor's storage."""
+
+    memory: Global
+    places: np.ndarray
+
+
+@dataclass
+class Descriptor:
+    """A TMA descriptor: blocks of a matrix, which is 0 outside for reads and ignores writes there."""
+
+    matrix: torch.Tensor
+    shape: tuple[int, ...]
+
+    def read(self, coordinates):
+        block = np.zeros(self.shape, dtype=np.float32)
+        outer, inner = self._overlap(coordinates)
+        block[inner] = self.matrix[outer].float().numpy()
+        return block
+
+    def write(self, coordinates, block):
+        outer, inner = self._overlap(coordinates)
+        self.matrix[outer] = torch.from_numpy(block[inner].copy()).to(self.matrix.dtype)
+
+    def _overlap(self, coordinates):
+        """Where the block lies in the matrix, and the same part of it in the block."""
+        axes = zip(map(int, coordinates), self.shape, self.matrix.shape, strict=True)
+        outer = [slice(min(start, limit), min(start + size, limit)) for start, size, limit in axes]
+        return tuple(outer), tuple(slice(0, s.stop - s.start) for s in outer)
 
 
 class Barrier:
@@ -123,7 +200,7 @@ class Barrier:
             self._arrivals, self._phase = 0, self._phase + 1
 
 
-class Memory:
+class Shared:
     """A slot or buffer of shared memory, how often it was written, and who has to fence its writes."""
 
     def __init__(self, shape):
@@ -140,21 +217,23 @@ class Memory:
 class View:
     """A part of a slot."""
 
-    memory: Memory
+    memory: Shared
     array: np.ndarray
 
 
 class Reading:
-    """Views that something asynchronous reads between now and the end of its wait."""
+    """What something asynchronous reads until it has been waited for: views, or arrays in registers."""
 
-    def __init__(self, *views):
-        self._views = views
-        self._versions = [view.memory.version for view in views]
+    def __init__(self, *operands):
+        self._operands = operands
+        self._versions = self._now()
+
+    def _now(self):
+        return [operand.memory.version for operand in self._operands if isinstance(operand, View)]
 
     def arrays(self):
-        now = [view.memory.version for view in self._views]
-        assert now == self._versions, "shared memory was written while a product or a TMA store read it"
-        return [view.array for view in self._views]
+        assert self._now() == self._versions, "shared memory was written while something read it"
+        return [operand.array if isinstance(operand, View) else operand for operand in self._operands]
 
 
 class Accumulator:
@@ -171,39 +250,7 @@ class Accumulator:
         return Accumulator(value, pending)
 
 
-@dataclass
-class Descriptor:
-    """A TMA descriptor: blocks of a matrix, which is 0 outside for reads and ignores writes there."""
-
-    matrix: np.ndarray
-    shape: tuple[int, ...]
-
-    def read(self, coordinates):
-        block = np.zeros(self.shape, dtype=np.float32)
-        outer, inner = self._overlap(coordinates)
-        block[inner] = self.matrix[outer]
-        return block
-
-    def write(self, coordinates, block):
-        outer, inner = self._overlap(coordinates)
-        self.matrix[outer] = block[inner]
-
-    def _overlap(self, coordinates):
-        """Where the block lies in the matrix, and the same part of it in the block."""
-        axes = zip(coordinates, self.shape, self.matrix.shape, strict=True)
-        outer = [slice(start, min(start + size, limit)) for start, size, limit in axes]
-        return tuple(outer), tuple(slice(0, max(s.stop - s.start, 0)) for s in outer)
-
-
-@dataclass
-class Pointer:
-    """The first element of an array, or elements at offsets from it."""
-
-    array: np.ndarray
-    offsets: Any = 0
-
-
-# --- The machine ------------------------------------------------------------------------------------------
+# --- Operations on numbers and arrays, as functions of the operation and its operands' values --------------
 
 
 def _plain(value):
@@ -214,33 +261,63 @@ def _plain(value):
     return value
 
 
-def _rounded(array, op):
-    dtype = torch.bfloat16 if "bf16" in op.text.rpartition(" to ")[2] else torch.float16
-    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).float().numpy()
-
-
 def _constant(op):
-    text = op.text.strip()
-    if text.startswith("dense<"):
-        return np.full(op.shape(), float(re.match(r"dense<([^>]+)>", text).group(1)), dtype=np.float32)
-    return {"true": True, "false": False}[text] if text in ("true", "false") else int(text.split()[0])
+    text, kind = op.text.strip(), TYPES[op.element or "i1"]
+    value = re.match(r"(?:dense<)?(true|false|0x\w+|[-\w.+]+)", text).group(1)
+    if value.startswith("0x"):
+        number = np.uint32(int(value, 16) << (16 if op.element == "bf16" else 0)).view(np.float32)
+    else:
+        number = {"true": True, "false": False}.get(value) if value[0] in "tf" else float(value)
+    if np.issubdtype(kind, np.integer):
+        number = int(value)
+    return np.full(op.shape, number, kind) if op.shape else kind(number)
 
 
 def _compare(op, a, b):
-    kinds = {"eq": operator.eq, "ne": operator.ne, "slt": operator.lt, "sgt": operator.gt}
-    return kinds[op.text.split(",")[0].strip()](a, b)
+    kind = op.text.split(",")[0].strip()
+    if kind.startswith("u"):
+        a, b = _unsigned(a), _unsigned(b)
+    names = {"eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge"}
+    return getattr(operator, names[kind[-2:]])(a, b)
+
+
+def _unsigned(a):
+    a = np.asarray(a)
+    return a.view(UNSIGNED[a.dtype])[()]
 
 
 def _divide(a, b):
-    assert a >= 0 < b, "C rounds a negative quotient otherwise than Python"
+    assert np.all(a >= 0), "C rounds a negative quotient otherwise than Python"
     return a // b
 
 
+def _convert(op, a):
+    if op.element in HALF and op.name == "arith.truncf":
+        return torch.from_numpy(np.ascontiguousarray(a)).to(HALF[op.element]).float().numpy()
+    return np.asarray(a).astype(TYPES[op.element])[()]
+
+
+def _widen_unsigned(op, a):
+    return (np.asarray(a) if np.asarray(a).dtype == bool else _unsigned(a)).astype(TYPES[op.element])[()]
+
+
+def _assume(op, condition):
+    assert condition, "tl.assume of something false"
+
+
 def _order(op):
-    return tuple(map(int, re.search(r"array<i32: ([^>]+)>", op.text).group(1).split(",")))
+    return op.numbers(r"array<i32: ([^>]+)>")
 
 
-# Operations on numbers and arrays, which take the operation and its operands' values.
+def _on_places(function: Callable) -> Callable:
+    """The function of an array also for pointers."""
+
+    def apply(op, a):
+        return Pointer(a.memory, function(op, a.places)) if isinstance(a, Pointer) else function(op, a)
+
+    return apply
+
+
 PLAIN: dict[str, Callable] = {
     "arith.constant": _constant,
     "arith.addi": lambda op, a, b: a + b,
@@ -248,46 +325,63 @@ PLAIN: dict[str, Callable] = {
     "arith.muli": lambda op, a, b: a * b,
     "arith.divsi": lambda op, a, b: _divide(a, b),
     "arith.remsi": lambda op, a, b: a - b * _divide(a, b),
-    "arith.minsi": lambda op, a, b: min(a, b),
+    "arith.minsi": lambda op, a, b: np.minimum(a, b),
+    "arith.maxsi": lambda op, a, b: np.maximum(a, b),
     "arith.xori": lambda op, a, b: a ^ b,
     "arith.andi": lambda op, a, b: a & b,
+    "arith.ori": lambda op, a, b: a | b,
+    "arith.shrui": lambda op, a, b: (_unsigned(a) >> _unsigned(b)).view(np.asarray(a).dtype),
+    "arith.shli": lambda op, a, b: a << b,
+    "arith.extsi": _convert,
+    "arith.trunci": _convert,
+    "arith.extui": _widen_unsigned,
     "arith.cmpi": _compare,
-    "arith.select": lambda op, condition, a, b: a if condition else b,
+    "arith.select": lambda op, condition, a, b: np.where(condition, a, b)[()],
     "arith.addf": lambda op, a, b: a + b,
     "arith.mulf": lambda op, a, b: a * b,
     "arith.extf": lambda op, a: a,
-    "arith.truncf": lambda op, a: _rounded(a, op),
-    "tt.make_range": lambda op: np.arange(op.number("start"), op.number("end")),
-    "tt.splat": lambda op, a: a if isinstance(a, Pointer) else np.full(op.shape(), a),
-    "tt.addptr": lambda op, pointer, offsets: Pointer(pointer.array, pointer.offsets + offsets),
-    "tt.load": lambda op, p, mask, other: np.where(
-        mask, p.array[np.minimum(p.offsets, len(p.array) - 1)], other
-    ),
-    "tt.expand_dims": lambda op, a: np.expand_dims(a, op.number("axis")),
-    "tt.broadcast": lambda op, a: np.broadcast_to(a, op.shape()),
-    "tt.reshape": lambda op, a: a.reshape(op.shape()),
+    "arith.truncf": _convert,
+    "llvm.intr.assume": _assume,
+    "tt.make_range": lambda op: np.arange(op.number("start"), op.number("end"), dtype=np.int32),
+    "tt.splat": _on_places(lambda op, a: np.full(op.shape, a)),
+    "tt.expand_dims": _on_places(lambda op, a: np.expand_dims(a, op.number("axis"))),
+    "tt.broadcast": _on_places(lambda op, a: np.broadcast_to(a, op.shape)),
+    "tt.reshape": lambda op, a: a.reshape(op.shape),
     "tt.trans": lambda op, a: a.transpose(_order(op)),
+    "tt.join": lambda op, a, b: np.stack([a, b], -1),
     "tt.split": lambda op, a: (a[..., 0], a[..., 1]),
-    "ttg.convert_layout": lambda op, a: a,
+    "tt.addptr": lambda op, pointer, offsets: Pointer(pointer.memory, pointer.places + np.int64(offsets)),
+    "tt.dot": lambda op, a, b, c: c + a @ b,
+    "ttg.convert_layout": _on_places(lambda op, a: a),
     "ttg.memdesc_trans": lambda op, view: View(view.memory, view.array.transpose(_order(op))),
+    "ttg.local_load": lambda op, view, token=None: view.array.copy(),
+    "ttg.local_dealloc": lambda op, view: None,
 }
+
+
+# --- The machine ------------------------------------------------------------------------------------------
 
 
 class Machine:
     """One program of the grid."""
 
-    def __init__(self, program, programs, rng):
-        self._program, self._programs, self._rng = program, programs, rng
+    def __init__(self, place: tuple[int, ...], grid: tuple[int, ...], rng: random.Random):
+        self._place, self._grid, self._rng = place, grid, rng
+        self._number = place[0] + grid[0] * (place[1] + grid[1] * place[2])
         self._buffers = []  # shared memory
+        self._copies = [
+            []
+        ]  # asynchronous copies of each group that has not been waited for; the last is open
         self._loads = []  # TMA loads on their way
         self._stores = {}  # TMA stores of each partition that have not been waited for
 
     def run(self, ops, values):
         for _ in self._run(ops, dict(values), "main"):
             pass
+        assert not any(self._stores.values()), "a program ended while a TMA store read its memory"
 
     def _run(self, ops: list[Op], values: dict[str, Any], partition: str) -> Steps:
-        """Take the block's steps; returns what it yields to its loop."""
+        """Take the block's steps; returns what it yields to its loop or branch."""
         for op in ops:
             if op.name == "scf.yield":
                 return [values[name] for name in op.operands]
@@ -295,6 +389,10 @@ class Machine:
                 return []
             if op.name == "scf.for":
                 yield from self._loop(op, values, partition)
+            elif op.name == "scf.if":
+                taken = op.blocks.get("body" if values[op.operands[0]] else "else", Block([], []))
+                results = yield from self._run(taken.ops, values, partition)
+                values.update(zip(op.results, results, strict=True))
             elif op.name == "ttg.warp_specialize":
                 self._specialize(op, values)
             elif op.name == "ttng.wait_barrier":
@@ -307,24 +405,22 @@ class Machine:
                     result = PLAIN[op.name](op, *map(_plain, operands))
                 else:
                     result = getattr(self, op.name.replace(".", "_"))(op, partition, *operands)
-                values.update(zip(op.results, result if len(op.results) > 1 else [result], strict=False))
+                if op.results:
+                    values.update(zip(op.results, result if len(op.results) > 1 else [result], strict=True))
             yield True
         return []
 
     def _loop(self, op: Op, values: dict[str, Any], partition: str) -> Steps:
-        counter, start, stop, step = re.match(
-            r" (%\w+) = (%[\w#]+) to (%[\w#]+) step (%[\w#]+)", op.text
-        ).groups()
+        counter, start, stop, step = re.findall(NAME, op.text)[:4]
         initial = re.search(r"iter_args\(([^)]*)\)", op.text)
-        pairs = re.findall(r"(%\w+) = (%[\w#]+)", initial.group(1)) if initial else []
+        pairs = re.findall(rf"({NAME}) = ({NAME})", initial.group(1)) if initial else []
+        kind = type(values[start])
         carried = [values[value] for _, value in pairs]
         for i in range(values[start], values[stop], values[step]):
-            inner = {**values, counter: i, **{name: v for (name, _), v in zip(pairs, carried, strict=True)}}
+            inner = {**values, counter: kind(i)}
+            inner.update(zip((name for name, _ in pairs), carried, strict=True))
             carried = yield from self._run(op.blocks["body"].ops, inner, partition)
-        if len(carried) == 1:
-            values[op.results[0]] = carried[0]
-        else:
-            values.update({f"{op.results[0]}#{i}": value for i, value in enumerate(carried)})
+        values.update(zip(op.results, carried, strict=True))
 
     def _specialize(self, op: Op, values: dict[str, Any]) -> None:
         """Run the partitions, some steps of one and then of another, until all have ended."""
@@ -349,7 +445,7 @@ class Machine:
                     moved = True
             if not moved:
                 if not self._loads:
-                    raise Deadlock(f"{', '.join(live)} of program {self._program}")
+                    raise Deadlock(f"{', '.join(live)} of program {self._number}")
                 self._deliver(0)
 
     def _deliver(self, which):
@@ -360,26 +456,53 @@ class Machine:
     # Each method below is the operation of its name.
 
     def tt_get_program_id(self, op, partition):
-        return self._program
+        return np.int32(self._place["xyz".index(op.text.split()[0])])
 
     def tt_get_num_programs(self, op, partition):
-        return self._programs
+        return np.int32(self._grid["xyz".index(op.text.split()[0])])
 
-    def ttg_local_alloc(self, op, partition):
-        count, *shape = op.shape()
+    def tt_load(self, op, partition, pointer, mask=True, other=np.nan):
+        mask = np.broadcast_to(mask, pointer.places.shape)
+        values = pointer.memory.load(pointer.places[mask], self._number)
+        result = np.array(np.broadcast_to(other, mask.shape)).astype(values.dtype)
+        result[mask] = values
+        return result[()]
+
+    def tt_store(self, op, partition, pointer, value, mask=True):
+        mask = np.broadcast_to(mask, pointer.places.shape)
+        value = np.broadcast_to(_plain(value), mask.shape)
+        pointer.memory.store(pointer.places[mask], value[mask], self._number)
+
+    def ttg_async_copy_global_to_local(self, op, partition, pointer, view, mask=True, other=np.nan):
+        view.memory.write(np.nan)
+        self._copies[-1].append((view, self.tt_load(op, partition, pointer, mask, other)))
+
+    def ttg_async_commit_group(self, op, partition, *tokens):
+        self._copies.append([])
+
+    def ttg_async_wait(self, op, partition, *tokens):
+        while len(self._copies) - 1 > op.number("num"):
+            for view, block in self._copies.pop(0):
+                view.array[...] = block
+
+    def ttg_local_alloc(self, op, partition, value=None):
         if "xi64" in op.text:
-            return [Barrier() for _ in range(count)]
-        allocation = [Memory(shape) for _ in range(count)]
+            return [Barrier() for _ in range(op.shape[0])]
+        allocation = [Shared(op.shape[-2:]) for _ in range(math.prod(op.shape[:-2]))]
         self._buffers += allocation
-        return allocation
+        if len(op.shape) > 2:
+            return allocation
+        if value is not None:
+            allocation[0].write(_plain(value))
+        return View(allocation[0], allocation[0].array)
 
     def ttg_memdesc_index(self, op, partition, allocation, i):
         item = allocation[i]
-        return View(item, item.array) if isinstance(item, Memory) else item
+        return View(item, item.array) if isinstance(item, Shared) else item
 
     def ttg_memdesc_subslice(self, op, partition, view):
-        starts = map(int, re.search(r"\[([^\]]+)\]", op.text).group(1).split(","))
-        place = tuple(slice(start, start + size) for start, size in zip(starts, op.shape(), strict=True))
+        starts = op.numbers(r"\[([^\]]+)\]")
+        place = tuple(slice(start, start + size) for start, size in zip(starts, op.shape, strict=True))
         return View(view.memory, view.array[place])
 
     def ttg_local_store(self, op, partition, value, view):
@@ -415,33 +538,53 @@ class Machine:
             descriptor, coordinates, reading = stores.pop(0)
             descriptor.write(coordinates, *reading.arrays())
 
-    def ttng_warp_group_dot(self, op, partition, a, b, c, _):
+    def ttng_warp_group_dot(self, op, partition, a, b, c, accumulates=True):
         before = c if isinstance(c, Accumulator) else Accumulator(c)
-        return Accumulator(before.value, (*before.pending, Reading(a, b)))
+        if not accumulates:
+            before = Accumulator(np.zeros_like(_plain(c)))
+        product = Accumulator(before.value, (*before.pending, Reading(a, b)))
+        return product if "isAsync = true" in op.text else product.finish(0)
 
-    def ttng_warp_group_dot_wait(self, op, partition, accumulator):
-        return accumulator.finish(op.number("pendings"))
+    def ttng_warp_group_dot_wait(self, op, partition, *waited):
+        left = op.number("pendings")
+        results = [value.finish(left) if isinstance(value, Accumulator) else value for value in waited]
+        return results if len(op.results) > 1 else results[0]
 
 
-def run(ttgir, programs, p, q, u, v, scale, bias=None, q_by_rows=False, seed=0) -> torch.Tensor:
-    """C of the compiled kernel, (M, E) in p's dtype; the arguments are those of its launcher, on the CPU.
+def run(ttgir: str, grid: tuple[int, ...], arguments: dict[str, Any], seed: int = 0) -> None:
+    """Run every program of the grid; tensors on the CPU are read and written in place.
+
+    Args:
+        arguments: by the kernel's names: numbers, or tensors for pointers and TMA descriptors. Others are
+            ignored.
+        seed: of the order in which partitions and programs take turns.
 
     Raises:
-        AssertionError: the kernel reads or writes something at a wrong time.
-        Deadlock: all partitions wait.
+        AssertionError: the kernel reads or writes something at a wrong time or place, or an argument is not
+            what the compiler was told of it.
+        Deadlock: all partitions of a program wait.
     """
     signature, ops = parse(ttgir)
-    (M, D), E = p.shape, q.shape[1 if q_by_rows else 0]
-    result = np.full((M, E), np.nan, dtype=np.float32)
-    matrices = {name: t.float().numpy() for name, t in zip("pquv", (p, q, u, v), strict=True)}
-    values: dict[str, Any] = {"%M": M, "%D": D, "%E": E, "%scale": np.float32(scale)}
+    values: dict[str, Any] = {}
+    storages: dict[int, Global] = {}
     for name, kind in signature.items():
-        if "tensordesc" in kind:
-            shape = tuple(map(int, re.search(r"((?:\d+x)+)", kind).group(1)[:-1].split("x")))
-            values[name] = Descriptor(matrices.get(name[1], result), shape)
-    if bias is not None:
-        values["%bias_ptr"] = Pointer(bias.float().numpy())
+        value = arguments.get(name[1:])
+        divisor = int((re.search(r"tt.divisibility = (\d+)", kind) or [0, 1])[1])
+        if kind.startswith("!tt.tensordesc"):
+            shape = re.search(r"((?:\d+x)+)", kind).group(1)
+            values[name] = Descriptor(value, tuple(map(int, shape[:-1].split("x"))))
+        elif kind.startswith("!tt.ptr"):
+            assert value.data_ptr() % divisor == 0, f"{name} is less aligned than promised"
+            storage = value.untyped_storage().data_ptr()
+            memory = storages.setdefault(storage, Global(value))
+            values[name] = Pointer(memory, np.int64(value.storage_offset()))
+        elif value is not None:
+            assert divisor == 1 or value % divisor == 0, f"{name} = {value} is not the multiple promised"
+            values[name] = TYPES[kind.split()[0]](value)
+    grid = (*grid, 1, 1)[:3]
     rng = random.Random(seed)
-    for program in range(programs):
-        Machine(program, programs, rng).run(ops, values)
-    return torch.from_numpy(result).to(p.dtype)
+    places = list(itertools.product(*map(range, grid)))
+    rng.shuffle(places)
+    with np.errstate(all="ignore"):
+        for place in places:
+            Machine(place, grid, rng).run(ops, values)
