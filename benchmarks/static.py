@@ -401,8 +401,9 @@ def main() -> None:
             row = dataclasses.asdict(compiled)
             writer.writerow(row)
             file.flush()
-            for name, text in texts.items() if arguments.keep else ():
-                (arguments.out / f"{number}.{name}").write_text(text)
+            if arguments.keep:
+                for name, text in texts.items():
+                    (arguments.out / f"{number}.{name}").write_text(text)
             print(*(row[key] for key in row if key != "config"), "|", row["config"])
 
 

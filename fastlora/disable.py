@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -217,6 +217,8 @@ def _use_original(holders: Sequence[Any], root: nn.Module, undo: ExitStack) -> N
     with _sharded(holders, root, undo):
         for module in list(root.modules()):
             undo.callback(module.register_load_state_dict_pre_hook(_refuse_loading).remove)
+            _showing_original.add(module)
+            undo.callback(_showing_original.discard, module)
             for name, _ in list(saved_tensors(module)):
                 original: Any = module._buffers[ORIGINAL + name]
                 if name in module._parameters:
@@ -276,11 +278,15 @@ def _write(parameter: Tensor, values: Tensor) -> None:
     parameter.copy_(values)
 
 
+# Modules that have their original values at present; copies made inside the block have the hook alone.
+_showing_original: WeakSet[nn.Module] = WeakSet()
+
+
 def _refuse_loading(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    if any(name.startswith(prefix) for name in state):
+    if module in _showing_original and any(name.startswith(prefix) for name in state):
         raise ValueError(
             f"load_state_dict inside disable_adapter: {prefix.removesuffix('.') or type(module).__name__} "
-            "holds its original values there, which would be lost"
+            "has its original values inside the block, and loading would overwrite them"
         )
 
 

@@ -466,8 +466,9 @@ def group_projections(model: nn.Module) -> nn.Module:
     one mask. Only hooks are added to the parents: layers, parameters and names stay. Siblings compute alone
     wherever the group would not give the same: called with different tensors (cross attention) or outside
     the parent, merged or disabled adapters, hooks on them, sharded weights, different dropouts, inference
-    mode. :func:`fastlora.summary` lists the reasons. Within one call of the parent, parameters and alphas
-    must not change between the calls of siblings.
+    mode. :func:`fastlora.summary` lists the reasons. That siblings take different tensors shows in a call
+    and is heeded in later ones for inference; in training each call computes all of them. Within one call
+    of the parent, parameters and alphas must not change between the calls of siblings.
 
     Args:
         model: any module; a second call searches for siblings anew.

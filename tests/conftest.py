@@ -20,6 +20,7 @@ if importlib.util.find_spec("fastlora") is None or importlib.util.find_spec("fas
     source_tree.install()
 
 import pytest  # noqa: E402
+from tolerance import poisoned  # noqa: E402
 
 if CUDA:
     from fastlora.device import sums_in_float32
@@ -72,10 +73,4 @@ def as_blas_on_a_gpu(monkeypatch):
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """``torch.empty`` returns NaN, so that an element that no kernel writes is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))

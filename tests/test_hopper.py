@@ -128,6 +128,14 @@ FAULTS = {
         r"(ttng\.barrier_expect %\w+, )(\d+)",
         lambda match: f"{match[1]}{int(match[2]) // 2}",
     ),
+    "a slot before the first": (
+        r"arith\.select (%\w+), %c\d+_i32\w*, (%\w+) (?=.*\n.*memdesc_index.*\n.*arrive)",
+        r"arith.select \1, \2, \2 ",
+    ),
+    "every program takes every tile": (
+        r"(%\w+) = tt\.get_(?:program_id|num_programs) x : i32",
+        lambda match: f"{match[1]} = arith.constant {int('num' in match[0])} : i32",
+    ),
     "no fence before a store": (r"ttng\.fence_async_shared .*", ""),
     "a buffer reused too early": (r"(async_tma_store_wait .pendings =) 0", r"\1 1"),
     "no turns": (r"ttng\.wait_barrier %\w+, %turn_phase.*", ""),
@@ -138,15 +146,14 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_emulation_finds(rows, fault, teams):
     ttgir = compiled(rows, teams)["ttgir"]
-    broken = re.sub(*FAULTS[fault], ttgir)
     if fault == "no turns" and teams == 1:
-        assert broken == ttgir
-        return
+        pytest.skip("one team takes no turns")
+    broken = re.sub(*FAULTS[fault], ttgir)
     assert broken != ttgir
 
     def run():
         for seed in range(5):
-            assert_right(broken, 200, 1032, 300, 16, 1, seed=seed)
+            assert_right(broken, 200, 1032, 300, 16, 2, seed=seed)
 
     with pytest.raises((AssertionError, ttgir_emulator.Deadlock)):
         run()
@@ -165,7 +172,8 @@ def test_no_loop_assigns_a_name_to_a_name(path):
     """After ``last = slot`` in a loop, triton takes ``last`` for what it was before the loop.
 
     It looks for the variables that a loop changes by running its body once with their first values, where
-    ``last`` and ``slot`` are the same value. Neither the source nor the interpreter shows it.
+    ``last`` and ``slot`` are the same value. Neither the source nor the interpreter shows it. This finds the
+    plain cases; the emulation of compiled kernels is there for the others.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     loops = [node for node in ast.walk(tree) if isinstance(node, (ast.For, ast.While))]

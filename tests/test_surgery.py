@@ -874,6 +874,18 @@ class TestDisableAdapter:
         ):
             function(model)
 
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+    )
+    def test_copies_made_inside_can_be_loaded(self, copied):
+        model = trained(fastlora.apply_lora(Small(), ["q"], modules_to_save=["score"]))
+        state = model.state_dict()
+        with fastlora.disable_adapter(model):
+            twin = copied(model)
+            twin.load_state_dict(state)
+        twin.load_state_dict(state)
+        assert torch.equal(twin.score[0].weight, state["score.0.weight"])
+
 
 class TestStates:
     def make(self):

@@ -26,6 +26,16 @@ def assert_as_accurate(actual: Tensor, eager: Tensor, exact: Tensor, name: str =
         )
 
 
+def poisoned(empty):
+    """``torch.empty``, but what it returns is NaN."""
+
+    def filled(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return filled
+
+
 def lay_out(values: Tensor, layout: str) -> Tensor:
     """The same (rows, columns) values as a view of a buffer that holds NaN everywhere else.
 

@@ -7,8 +7,9 @@ operations; its text is parsed and run on arrays.
 Each asynchronous operation happens at the moment that is worst for the kernel. A copy spoils its shared
 memory as soon as it is issued and fills it much later; the operands of a product and the buffer of a TMA
 store must stay as they are until these are waited for. Shared memory begins as NaN. The partitions of a
-program take turns in a random order, and if none can go on, :class:`Deadlock` is raised. Also checked: the
-bounds of every access, races between programs, and what the compiler was told of the arguments.
+program take turns in a random order, and if none can go on, :class:`Deadlock` is raised. Also checked: that
+every access is within its tensor's storage, that no program writes what another reads or writes, fences
+before TMA stores, and what the compiler was told of the arguments.
 """
 
 import functools
@@ -158,6 +159,9 @@ class Descriptor:
     matrix: torch.Tensor
     shape: tuple[int, ...]
 
+    def __post_init__(self):
+        self._written = torch.zeros(self.matrix.shape, dtype=torch.bool)
+
     def read(self, coordinates):
         block = np.zeros(self.shape, dtype=np.float32)
         outer, inner = self._overlap(coordinates)
@@ -166,6 +170,8 @@ class Descriptor:
 
     def write(self, coordinates, block):
         outer, inner = self._overlap(coordinates)
+        assert not self._written[outer].any(), "an element is written twice"
+        self._written[outer] = True
         self.matrix[outer] = torch.from_numpy(block[inner].copy()).to(self.matrix.dtype)
 
     def _overlap(self, coordinates):
@@ -265,11 +271,12 @@ def _constant(op):
     text, kind = op.text.strip(), TYPES[op.element or "i1"]
     value = re.match(r"(?:dense<)?(true|false|0x\w+|[-\w.+]+)", text).group(1)
     if value.startswith("0x"):
+        assert op.element in ("bf16", "f32"), "a constant in hexadecimal digits"
         number = np.uint32(int(value, 16) << (16 if op.element == "bf16" else 0)).view(np.float32)
+    elif value in ("true", "false"):
+        number = value == "true"
     else:
-        number = {"true": True, "false": False}.get(value) if value[0] in "tf" else float(value)
-    if np.issubdtype(kind, np.integer):
-        number = int(value)
+        number = int(value) if np.issubdtype(kind, np.integer) else float(value)
     return np.full(op.shape, number, kind) if op.shape else kind(number)
 
 
@@ -277,8 +284,7 @@ def _compare(op, a, b):
     kind = op.text.split(",")[0].strip()
     if kind.startswith("u"):
         a, b = _unsigned(a), _unsigned(b)
-    names = {"eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge"}
-    return getattr(operator, names[kind[-2:]])(a, b)
+    return getattr(operator, kind[-2:])(a, b)
 
 
 def _unsigned(a):
@@ -292,6 +298,7 @@ def _divide(a, b):
 
 
 def _convert(op, a):
+    assert not (op.name == "arith.extsi" and np.asarray(a).dtype == bool), "true is -1 there"
     if op.element in HALF and op.name == "arith.truncf":
         return torch.from_numpy(np.ascontiguousarray(a)).to(HALF[op.element]).float().numpy()
     return np.asarray(a).astype(TYPES[op.element])[()]
@@ -369,9 +376,8 @@ class Machine:
         self._place, self._grid, self._rng = place, grid, rng
         self._number = place[0] + grid[0] * (place[1] + grid[1] * place[2])
         self._buffers = []  # shared memory
-        self._copies = [
-            []
-        ]  # asynchronous copies of each group that has not been waited for; the last is open
+        # Asynchronous copies of each group that has not been waited for; the last group is open.
+        self._copies = [[]]
         self._loads = []  # TMA loads on their way
         self._stores = {}  # TMA stores of each partition that have not been waited for
 
@@ -484,6 +490,7 @@ class Machine:
         while len(self._copies) - 1 > op.number("num"):
             for view, block in self._copies.pop(0):
                 view.array[...] = block
+                view.memory.version += 1
 
     def ttg_local_alloc(self, op, partition, value=None):
         if "xi64" in op.text:
@@ -497,6 +504,7 @@ class Machine:
         return View(allocation[0], allocation[0].array)
 
     def ttg_memdesc_index(self, op, partition, allocation, i):
+        assert 0 <= i < len(allocation), "no such slot"
         item = allocation[i]
         return View(item, item.array) if isinstance(item, Shared) else item
 
@@ -513,20 +521,25 @@ class Machine:
         barrier.count = int(re.search(r", (\d+)", op.text).group(1))
 
     def ttng_arrive_barrier(self, op, partition, barrier, needed):
+        assert ", 1," in op.text, "arrives more than once"
         if needed:
             barrier.arrive()
 
     def ttng_barrier_expect(self, op, partition, barrier, needed):
-        barrier.arrive(expected=int(re.search(r", (\d+)", op.text).group(1)))
+        if needed:
+            barrier.arrive(expected=int(re.search(r", (\d+)", op.text).group(1)))
 
     def ttng_fence_async_shared(self, op, partition):
         for memory in self._buffers:
             memory.unfenced.discard(partition)
 
-    def ttng_async_tma_copy_global_to_local(self, op, partition, descriptor, row, column, view, barrier, _):
-        view.memory.write(np.nan)
-        size = 2 * math.prod(descriptor.shape)
-        self._loads.append((view.memory, descriptor.read((row, column)), barrier, size))
+    def ttng_async_tma_copy_global_to_local(
+        self, op, partition, descriptor, row, column, view, barrier, needed
+    ):
+        if needed:
+            view.memory.write(np.nan)
+            size = descriptor.matrix.element_size() * math.prod(descriptor.shape)
+            self._loads.append((view.memory, descriptor.read((row, column)), barrier, size))
 
     def ttng_async_tma_copy_local_to_global(self, op, partition, descriptor, row, column, view):
         assert not view.memory.unfenced, "a TMA store without a fence after the writes that it reads"
