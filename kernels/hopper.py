@@ -69,7 +69,10 @@ def _next(slot, phase, SLOTS: gl.constexpr):
 
 @gluon.jit
 def _before(slot, SLOTS: gl.constexpr):
-    """The slot before ``slot``."""
+    """The slot before ``slot``.
+
+    Not a variable that the loop sets to ``slot``: Triton would take it for a constant of the loop.
+    """
     return gl.where(slot == 0, SLOTS - 1, slot - 1)
 
 
