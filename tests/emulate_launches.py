@@ -28,9 +28,15 @@ from fastlora import masks, ops, planner
 from fastlora.device import Device
 from fastlora.kernels import backward, configs, hopper, update
 
-# (M, K, N, R); the last one takes every loop several times with asynchronous copies.
-SHAPES = [(1, 1, 1, 1), (1, 1000, 17, 3), (17, 48, 1, 200), (33, 24, 40, 1), (500, 77, 24, 72)]
-SHAPES.append((80, 352, 368, 32))
+# (M, K, N, R)
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 1000, 17, 3),
+    (17, 48, 1, 200),
+    (33, 24, 40, 1),
+    (500, 77, 24, 72),
+    (80, 352, 368, 32),  # takes every loop several times, with asynchronous copies
+]
 HOPPER_SHAPES = [(1, 8, 8, 8), (129, 72, 520, 24), (300, 1032, 264, 136)]  # (M, D, E, R)
 # Half precision with wider adapters, as PEFT has them, takes the most shared memory. Full precision is slow
 # to compile: one shape is enough.

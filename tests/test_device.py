@@ -28,18 +28,18 @@ def test_bandwidth(properties, bandwidth, monkeypatch):
 def test_sums_in_float32_is_undone():
     matmul = torch.backends.cuda.matmul
     names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    values = {"fp16": (False, True), "bf16": (True, True)}
+    values = [(False, True), (True, True)]
 
     def flags():
         return [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
 
     before = flags()
     try:
-        for name, value in zip(names, values.values(), strict=True):
+        for name, value in zip(names, values, strict=True):
             setattr(matmul, name, value)
         with sums_in_float32():
             assert flags() == [(False, True)] * 2
-        assert flags() == list(values.values())
+        assert flags() == values
     finally:
         for name, value in zip(names, before, strict=True):
             setattr(matmul, name, value)

@@ -1342,24 +1342,36 @@ class TestCompile:
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma")
 
 
+def tiny_of(name, **sizes):
+    """A random model of the class called ``name``."""
+    transformers = pytest.importorskip("transformers")
+    family = name.partition("For")[0].removesuffix("Model")
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = next(
+        c for suffix in ("TextConfig", "Config") if (c := getattr(transformers, family + suffix, None))
+    )
+    return getattr(transformers, name)(config(vocab_size=40, **sizes))
+
+
+LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+DECODER = {**LAYERS, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+
+
 def tiny(family, **kwargs):
     """A random model of two layers whose k and v are narrower than q."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, **kwargs}
-    config = getattr(transformers, f"{family}Config")(**sizes)
-    return getattr(transformers, f"{family}ForCausalLM")(config)
+    return tiny_of(f"{family}ForCausalLM", **{**DECODER, **kwargs})
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def with_adapters(model, kind):
+def with_adapters(model, kind, targets=TARGETS):
     if kind == "fastlora":
-        fastlora.apply_lora(model, TARGETS, rank=4, alpha=2.0)
+        fastlora.apply_lora(model, targets, rank=4, alpha=2.0)
     else:
         peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
         fastlora.fuse_peft(model)
     for name, p in model.named_parameters():
         if name.endswith(".A") or "lora_B" in name:
@@ -1494,19 +1506,6 @@ class TestTransformers:
         torch._dynamo.reset()
 
 
-def tiny_of(name, **sizes):
-    transformers = pytest.importorskip("transformers")
-    family = name.partition("For")[0].removesuffix("Model")
-    if not hasattr(transformers, name):
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    config = next(
-        c for suffix in ("TextConfig", "Config") if (c := getattr(transformers, family + suffix, None))
-    )
-    return getattr(transformers, name)(config(vocab_size=40, **sizes))
-
-
-LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-DECODER = {**LAYERS, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -1565,11 +1564,8 @@ class TestOtherNames:
     @pytest.mark.parametrize("name", OTHERS)
     def test_same_values_and_gradients(self, name):
         sizes, expected = OTHERS[name]
-        model, tokens = tiny_of(name, **sizes), torch.randint(1, 40, (2, 9))
-        fastlora.apply_lora(model, "all-linear", rank=4, alpha=2.0)
-        for parameter, p in model.named_parameters():
-            if parameter.endswith(".A"):
-                nn.init.normal_(p, std=0.2)
+        model = with_adapters(tiny_of(name, **sizes), "fastlora", "all-linear")
+        tokens = torch.randint(1, 40, (2, 9))
 
         def values():
             model.zero_grad()

@@ -481,16 +481,15 @@ class Machine:
 
     def ttg_async_copy_global_to_local(self, op, partition, pointer, view, mask=True, other=np.nan):
         view.memory.write(np.nan)
-        self._copies[-1].append((view, self.tt_load(op, partition, pointer, mask, other)))
+        self._copies[-1].append((view.memory, self.tt_load(op, partition, pointer, mask, other)))
 
     def ttg_async_commit_group(self, op, partition, *tokens):
         self._copies.append([])
 
     def ttg_async_wait(self, op, partition, *tokens):
         while len(self._copies) - 1 > op.number("num"):
-            for view, block in self._copies.pop(0):
-                view.array[...] = block
-                view.memory.version += 1
+            for memory, block in self._copies.pop(0):
+                memory.write(block)
 
     def ttg_local_alloc(self, op, partition, value=None):
         if "xi64" in op.text:
@@ -589,8 +588,9 @@ def run(ttgir: str, grid: tuple[int, ...], arguments: dict[str, Any], seed: int 
         elif kind.startswith("!tt.ptr"):
             assert value.data_ptr() % divisor == 0, f"{name} is less aligned than promised"
             storage = value.untyped_storage().data_ptr()
-            memory = storages.setdefault(storage, Global(value))
-            values[name] = Pointer(memory, np.int64(value.storage_offset()))
+            if storage not in storages:
+                storages[storage] = Global(value)
+            values[name] = Pointer(storages[storage], np.int64(value.storage_offset()))
         elif value is not None:
             assert divisor == 1 or value % divisor == 0, f"{name} = {value} is not the multiple promised"
             values[name] = TYPES[kind.split()[0]](value)
