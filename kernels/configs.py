@@ -241,16 +241,17 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
     """The configuration of gemm for C: (M, E) and rank R, and of group_dx for ranks that add up to R."""
     block_r = _rank_block(R, 64)
     block_m = next((block for block in (16, 64) if block >= M), 128)
+    nearest = nearest_capability(capability)
     # wgmma is most efficient at 256 columns, but the dropout mask needs the registers that such a tile takes.
-    wide = nearest_capability(capability) in (90, 100) and block_m == 128 and E >= 512 and not dropout
+    wide = nearest in (90, 100) and block_m == 128 and E >= 512 and not dropout
     block_e = 256 if wide else 128
     num_warps = 4 if block_m * block_e <= 64 * 128 else 8
-    if nearest_capability(capability) == 100 and block_m == 64:
-        num_warps = 8  # four spill there
+    if block_m == 64 and (nearest == 100 or (nearest != 90 and R > 128)):
+        num_warps = 8  # four spill there, with several rank blocks only under Triton 3.8 and 3.9
     steps = [(num_warps, *step) for step in ((64, 3), (32, 4), (32, 3), (32, 2), (16, 2))]
-    if (nearest_capability(capability), block_m, block_r) == (100, 64, 32) and dropout:
+    if (nearest, block_m, block_r) == (100, 64, 32) and dropout:
         steps = steps[1:]  # the longer steps spill
-    if nearest_capability(capability) not in (90, 100) and block_m == 128:
+    if nearest not in (90, 100) and block_m == 128:
         steps = steps[1:]  # the longer steps spill with several rank blocks
         if R <= 128 and R % 8 == 0 and not dropout:  # otherwise, four warps spill
             # Two programs per multiprocessor: one computes during the other's update or final store.
