@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -217,8 +217,6 @@ def _use_original(holders: Sequence[Any], root: nn.Module, undo: ExitStack) -> N
     with _sharded(holders, root, undo):
         for module in list(root.modules()):
             undo.callback(module.register_load_state_dict_pre_hook(_refuse_loading).remove)
-            _showing_original.add(module)
-            undo.callback(_showing_original.discard, module)
             for name, _ in list(saved_tensors(module)):
                 original: Any = module._buffers[ORIGINAL + name]
                 if name in module._parameters:
@@ -278,12 +276,12 @@ def _write(parameter: Tensor, values: Tensor) -> None:
     parameter.copy_(values)
 
 
-# Modules that have their original values at present; copies made inside the block have the hook alone.
-_showing_original: WeakSet[nn.Module] = WeakSet()
-
-
 def _refuse_loading(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    if module in _showing_original and any(name.startswith(prefix) for name in state):
+    with _changes_lock:
+        roots = list(_changes)
+    # A copy made inside the block has this hook as well, but is not what the block changed.
+    changed = any(module is m for root in roots for m in root.modules())
+    if changed and any(name.startswith(prefix) for name in state):
         raise ValueError(
             f"load_state_dict inside disable_adapter: {prefix.removesuffix('.') or type(module).__name__} "
             "has its original values inside the block, and loading would overwrite them"

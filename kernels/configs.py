@@ -247,7 +247,7 @@ def select_gemm(capability: int, M: int, E: int, R: int, itemsize: int, dropout:
     block_e = 256 if wide else 128
     num_warps = 4 if block_m * block_e <= 64 * 128 else 8
     if block_m == 64 and (nearest == 100 or (nearest != 90 and R > 128)):
-        num_warps = 8  # four spill there, with several rank blocks only under Triton 3.8 and 3.9
+        num_warps = 8  # four spill: on sm_100, and elsewhere at such ranks under Triton 3.8 and 3.9
     steps = [(num_warps, *step) for step in ((64, 3), (32, 4), (32, 3), (32, 2), (16, 2))]
     if (nearest, block_m, block_r) == (100, 64, 32) and dropout:
         steps = steps[1:]  # the longer steps spill
