@@ -35,6 +35,9 @@ _MIN_BLOCK = 16
 # in flight at a time should stay in L2, which has 6 MB on sm_86 and about 40 MB or more on the others. Not
 # measured yet.
 REGION_BYTES = 4 * 1024 * 1024
+# hopper writes C in parts of this many columns, the most that one TMA box holds in the swizzled layout.
+HOPPER_PART = 64
+HOPPER_BUFFERS = 2
 # The most tokens for which one launch computes h and y: one tile of rows, so that W is read once.
 SMALL_ROWS = 16
 
@@ -135,8 +138,8 @@ class HopperConfig:
 
     def shared_bytes(self, itemsize: int) -> int:
         ring = self.slots * self.block_d * (self.block_m + self.block_e) * itemsize
-        half_of_c = self.block_m * self.block_e // 2 * itemsize
-        return ring + self.teams * (half_of_c + 256)  # 256 for barriers and what the warps are passed
+        c_parts = HOPPER_BUFFERS * self.block_m * HOPPER_PART * itemsize
+        return ring + c_parts + self.teams * 256  # 256 for barriers and what the warps are passed
 
 
 @dataclass(frozen=True)

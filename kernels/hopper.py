@@ -7,8 +7,8 @@ One persistent program per multiprocessor loops over tiles of C. A producer warp
 slots by TMA; two warpgroups multiply directly from the slots. The tiles of U and V pass through the same
 slots ahead of those of P and Q: the accumulator starts as the update, is scaled in registers, and the main
 loop continues from there. TMA fills elements outside a matrix with zeros, so no loop has a mask, and only
-BLOCK_R columns of a slot enter the update. C is written in two halves through one buffer, by TMA stores that
-overlap the next tile's main loop.
+BLOCK_R columns of a slot enter the update. C is written 64 columns at a time by TMA stores that overlap what
+follows, through two buffers: those of the only team in turn, or one for each of two teams.
 
 There are two schedules. Cooperative: the warpgroups are one team, each with half the rows of every tile.
 Ping-pong: each warpgroup is a team of its own with every second tile, and one team scales and stores its tile
@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastlora.kernels.configs import HopperConfig
+from fastlora.kernels.configs import HOPPER_BUFFERS, HOPPER_PART, HopperConfig
 
 # Gluon renamed these two between triton 3.8 and 3.9.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -48,6 +48,8 @@ async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_glob
 WARPS = gl.constexpr(8)  # the two warpgroups that multiply
 # TMA reads and writes only rows that begin at multiples of 16 bytes.
 TMA_ALIGNMENT = 16
+PART_E = gl.constexpr(HOPPER_PART)
+C_BUFFERS = gl.constexpr(HOPPER_BUFFERS)
 
 
 @gluon.jit
@@ -133,30 +135,40 @@ def _operands(slot, p_ring, q_ring, DEPTH: gl.constexpr, Q_BY_ROWS: gl.constexpr
 
 
 @gluon.jit
-def _store_half(c_desc, c_buffer, c, m, e):
-    """Write half a tile of C; the buffer is reused once the previous store has read it."""
-    tma.store_wait(0)
-    c_buffer.store(c)
-    fence_async_shared()
-    async_store(c_desc, [m, e], c_buffer)
+def _halves(c):
+    """The left and the right half of a tile, in registers; no data is moved."""
+    return gl.split(gl.permute(gl.reshape(c, (c.shape[0], 2, c.shape[1] // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def _store(c_desc, c_buffers, c, m, e, TEAM: gl.constexpr, TEAMS: gl.constexpr):
+    """Write a tile of C in parts; a buffer is written again once the store that reads it has done so."""
+    BUFFERS: gl.constexpr = C_BUFFERS // TEAMS
+    PARTS: gl.constexpr = c.shape[1] // PART_E
+    parts = _halves(c)
+    if PARTS == 4:
+        parts = _halves(parts[0]) + _halves(parts[1])
+    for i in gl.static_range(PARTS):
+        buffer = c_buffers.index(TEAM * BUFFERS + i % BUFFERS)
+        tma.store_wait(BUFFERS - 1)
+        buffer.store(parts[i])
+        fence_async_shared()
+        async_store(c_desc, [m, e + i * PART_E], buffer)
 
 
 @gluon.jit
 def _consumer(
     ring, sizes, output, turn,
     BLOCK_R: gl.constexpr, RANK_STEPS: gl.constexpr, GROUP_M: gl.constexpr, Q_BY_ROWS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, TEAM: gl.constexpr,
+    HAS_BIAS: gl.constexpr, TEAM: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     p_ring, q_ring, ready, empty = ring
     M, D, E = sizes
     c_desc, c_buffers, bias_ptr, scale = output
-    c_buffer = c_buffers.index(TEAM)
     SLOTS: gl.constexpr = p_ring.shape[0]
     BLOCK_D: gl.constexpr = p_ring.shape[2]
-    TEAMS: gl.constexpr = c_buffers.shape[0]
-    BLOCK_M: gl.constexpr = c_buffers.shape[1]
-    HALF_E: gl.constexpr = c_buffers.shape[2]
-    BLOCK_E: gl.constexpr = 2 * HALF_E
+    BLOCK_M: gl.constexpr = p_ring.shape[1]
+    BLOCK_E: gl.constexpr = q_ring.shape[2 if Q_BY_ROWS else 1]
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS // TEAMS, 1], [16, BLOCK_E, 16])
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_e = gl.cdiv(E, BLOCK_E)
@@ -203,9 +215,7 @@ def _consumer(
             bias = gl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0)
             acc = acc + gl.expand_dims(bias.to(gl.float32), 0)
         c = acc.to(c_desc.dtype)
-        left, right = gl.split(gl.permute(gl.reshape(c, (BLOCK_M, 2, HALF_E)), (0, 2, 1)))
-        _store_half(c_desc, c_buffer, left, tile_m * BLOCK_M, tile_e * BLOCK_E)
-        _store_half(c_desc, c_buffer, right, tile_m * BLOCK_M, tile_e * BLOCK_E + HALF_E)
+        _store(c_desc, c_buffers, c, tile_m * BLOCK_M, tile_e * BLOCK_E, TEAM, TEAMS)
     tma.store_wait(0)
 
 
@@ -217,7 +227,7 @@ def _hopper_kernel(
 ):  # fmt: skip
     p_ring = gl.allocate_shared_memory(p_desc.dtype, [SLOTS] + p_desc.block_type.shape, p_desc.layout)  # noqa: RUF005
     q_ring = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)  # noqa: RUF005
-    c_buffers = gl.allocate_shared_memory(c_desc.dtype, [TEAMS] + c_desc.block_type.shape, c_desc.layout)  # noqa: RUF005
+    c_buffers = gl.allocate_shared_memory(c_desc.dtype, [C_BUFFERS] + c_desc.block_type.shape, c_desc.layout)  # noqa: RUF005
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [TEAMS, 1], mbarrier.MBarrierLayout())
@@ -238,7 +248,7 @@ def _hopper_kernel(
             [
                 (
                     _consumer,
-                    (ring, sizes, output, turn, BLOCK_R, RANK_STEPS, GROUP_M, Q_BY_ROWS, HAS_BIAS, 0),
+                    (ring, sizes, output, turn, BLOCK_R, RANK_STEPS, GROUP_M, Q_BY_ROWS, HAS_BIAS, 0, TEAMS),
                 ),
                 (_producer, (ring, sizes, inputs, RANK_STEPS, GROUP_M, Q_BY_ROWS)),
             ],
@@ -250,11 +260,11 @@ def _hopper_kernel(
             [
                 (
                     _consumer,
-                    (ring, sizes, output, turn, BLOCK_R, RANK_STEPS, GROUP_M, Q_BY_ROWS, HAS_BIAS, 0),
+                    (ring, sizes, output, turn, BLOCK_R, RANK_STEPS, GROUP_M, Q_BY_ROWS, HAS_BIAS, 0, TEAMS),
                 ),
                 (
                     _consumer,
-                    (ring, sizes, output, turn, BLOCK_R, RANK_STEPS, GROUP_M, Q_BY_ROWS, HAS_BIAS, 1),
+                    (ring, sizes, output, turn, BLOCK_R, RANK_STEPS, GROUP_M, Q_BY_ROWS, HAS_BIAS, 1, TEAMS),
                 ),
                 (_producer, (ring, sizes, inputs, RANK_STEPS, GROUP_M, Q_BY_ROWS)),
             ],
@@ -267,8 +277,8 @@ def blocks(config: HopperConfig, q_by_rows: bool) -> dict[str, list[int]]:
     """The shape of the tile that each descriptor reads or writes."""
     rows = [config.block_m, config.block_d]
     columns = [config.block_d, config.block_e] if q_by_rows else [config.block_e, config.block_d]
-    half = [config.block_m, config.block_e // 2]
-    return {"p_desc": rows, "q_desc": columns, "u_desc": rows, "v_desc": columns, "c_desc": half}
+    part = [config.block_m, HOPPER_PART]
+    return {"p_desc": rows, "q_desc": columns, "u_desc": rows, "v_desc": columns, "c_desc": part}
 
 
 def team_warps(config: HopperConfig) -> int:

@@ -137,7 +137,10 @@ FAULTS = {
         lambda match: f"{match[1]} = arith.constant {int('num' in match[0])} : i32",
     ),
     "no fence before a store": (r"ttng\.fence_async_shared .*", ""),
-    "a buffer reused too early": (r"(async_tma_store_wait .pendings =) 0", r"\1 1"),
+    "a buffer reused too early": (
+        r"(async_tma_store_wait .pendings =) (\d)(?=.*\n.*local_store)",
+        lambda match: f"{match[1]} {int(match[2]) + 1}",
+    ),
     "no turns": (r"ttng\.wait_barrier %\w+, %turn_phase.*", ""),
 }
 
