@@ -48,7 +48,7 @@ import tiles  # noqa: E402
 import torch  # noqa: E402
 from measure import Checks, Measurement, Plan, base_row, device_works, measure  # noqa: E402
 from plot import draw  # noqa: E402
-from primitives import SCHEDULES, measure_products  # noqa: E402
+from primitives import PROJECTS, SCHEDULES, measure_products  # noqa: E402
 from providers import Provider  # noqa: E402
 from results import (  # noqa: E402
     OK,
@@ -95,17 +95,20 @@ SECTIONS = {
     "tiles": "other tile shapes of the kernels beside the shipped ones",
     "hopper": "the warp-specialised loop: its tests, then y and dx against BLAS and the classic loop",
     "hopper-pingpong": "the same for its other schedule",
+    "hopper-project": "its tests, then h and y, g and dx in one launch against two and against BLAS",
 }
 PRODUCTS = ("y", "dx", "h", "g", "dA", "dB", "g+dA", "dx+dropout")
 # For the check only: odd sizes and ranks, and an LLM layer.
 CHECK_SHAPES = [Shape(333, 515, 1029, 24), Shape(70, 1000, 77, 3), Shape(512, 4096, 4096, 16)]
 CHECK_GROUPS = [GroupShape(333, (515, 260, 64), 1029, 24)]
+# The sections of the Hopper kernels with their products.
+HOPPER_PRODUCTS = {**dict.fromkeys(SCHEDULES, ("y", "dx")), PROJECTS: ("h+y", "g+dx")}
 # Share of the minutes reserved for pictures and tables, and its upper bound in seconds.
 RESERVE, MOST_RESERVE = 0.1, 20.0
 PICTURES = {
     "training": ("training", "dropout"),
     "decode": ("decode", "host"),
-    "mainloop": ("mainloop", *SCHEDULES),
+    "mainloop": ("mainloop", *HOPPER_PRODUCTS),
     "group": ("group",),
     "model": ("model",),
 }
@@ -114,17 +117,21 @@ PICTURES = {
 COMPILE_RANK = 16
 # Seconds that the first unit of a section may take.
 GUESSES = {"training": 45.0, "dropout": 30.0, "group": 30.0, "model": 120.0, "tiles": 30.0}
-GUESSES |= dict.fromkeys(SCHEDULES, 60.0)
+GUESSES |= dict.fromkeys(HOPPER_PRODUCTS, 60.0)
 # The tests without which the tables are worthless. Left out: fuzzing, which compiles hundreds of kernels and
 # would take longer than a call's minutes, and tune's own test, whose timing concurrent tests would disturb.
 TESTS = (
-    "tests -m cuda --ignore=tests/test_hopper.py --deselect=tests/test_faults.py::TestFuzz "
-    "--deselect=tests/test_tune.py::test_on_this_gpu"
+    "tests -m cuda --ignore=tests/test_hopper.py --ignore=tests/test_hopper_project.py "
+    "--deselect=tests/test_faults.py::TestFuzz --deselect=tests/test_tune.py::test_on_this_gpu"
 )
 # Seconds that they may take, in several processes: the remaining time is for the tables.
 TESTS_SECONDS, MOST_TEST_PROCESSES = 300.0, 12
 NO_TESTS = 5  # pytest's exit status if it collected no tests
-HOPPER_TESTS = {"hopper": "not pingpong", "hopper-pingpong": "pingpong"}  # the schedule's tests, for -k
+HOPPER_TESTS = {
+    "hopper": ("tests/test_hopper.py", "-k", "not pingpong"),
+    "hopper-pingpong": ("tests/test_hopper.py", "-k", "pingpong"),
+    PROJECTS: ("tests/test_hopper_project.py",),
+}
 HOPPER_SECONDS = 90.0
 
 
@@ -165,7 +172,7 @@ def shapes_of(section: str, target: Target) -> tuple[list[AnyShape], list[AnySha
     """A section's shapes: those that every run should measure, and those for the remaining time."""
     if target.dry:
         return TINY.get(section, TINY_SHAPES[1:]), []
-    if section in ("mainloop", *SCHEDULES):
+    if section in ("mainloop", *HOPPER_PRODUCTS):
         return llm_shapes((8192,), ranks=(16,)), []
     if section == "host":
         return [Shape(1, 4096, 4096, 16)], []
@@ -205,10 +212,10 @@ def units(wanted: set[str], providers: Providers, target: Target, out: Path) -> 
     if "tiles" in wanted:
         swept = [("h", TINY_SHAPES[1]), ("dA", TINY_SHAPES[1])] if target.dry else tiles.work()
         work += [_tile_unit(product, shape, plans["tiles"], target) for product, shape in swept]
-    for schedule in SCHEDULES:
-        if schedule in wanted:
-            plan, tests = target.plan(schedule, ("y", "dx")), _hopper_tests(schedule, target, out)
-            work += [_product_unit(shape, plan, tests) for shape in shapes_of(schedule, target)[0]]
+    for section, found in HOPPER_PRODUCTS.items():
+        if section in wanted:
+            plan, tests = target.plan(section, found), _hopper_tests(section, target, out)
+            work += [_product_unit(shape, plan, tests) for shape in shapes_of(section, target)[0]]
     return [
         replace(unit, guess=0.0 if target.dry else GUESSES.get(unit.name.split()[0], 0.0)) for unit in work
     ]
@@ -229,10 +236,10 @@ def _tile_unit(product: str, shape: Shape, plan: Plan, target: Target) -> Unit:
     return Unit(f"tiles {product} {shape}", lambda: tiles.measure_tiles(product, shape, plan, *few))
 
 
-def _hopper_tests(schedule: str, target: Target, out: Path) -> Callable[[], str]:
-    """Runs the tests of a schedule of the Hopper loop, once; a hang of one does not cost the other."""
-    tests = ["tests/test_hopper.py", "-m", "cuda", "-k", HOPPER_TESTS[schedule]]
-    log = out / f"{schedule}.log"
+def _hopper_tests(section: str, target: Target, out: Path) -> Callable[[], str]:
+    """Runs a section's tests of a Hopper kernel, once; a hang of one does not cost the others."""
+    tests = [*HOPPER_TESTS[section], "-m", "cuda"]
+    log = out / f"{section}.log"
     return functools.cache(lambda: OK if target.dry else run_tests(tests, log, HOPPER_SECONDS))
 
 

@@ -3,14 +3,15 @@
 y and dx are measured with the rank-R update and without it (rank 0). The latter shows how good the main loop
 alone is, on which everything else depends. In both cases, their BLAS call is the frozen product. For at most
 16 tokens, y also has the kernel that computes h as well. "g+dA" computes both in one launch, against two
-kernels and two BLAS calls. "dx+dropout" is the dx of training with dropout: in one launch, and as the BLAS
-call plus the kernel that adds the update with dropout, against the BLAS call without an update.
+kernels and two BLAS calls. So do "h+y" and "g+dx", in one launch of a Hopper kernel. "dx+dropout" is the dx
+of training with dropout: in one launch, and as the BLAS call plus the kernel that adds the update with
+dropout, against the BLAS call without an update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -30,6 +31,8 @@ TRITON = "triton"
 OFF = "-update-off"
 # The warp-specialised loop's schedules: provider and section -> how many teams multiply.
 SCHEDULES = {"hopper": 1, "hopper-pingpong": 2}
+# The provider and section of the loop that projects too.
+PROJECTS = "hopper-project"
 ONE_LAUNCH = "triton-one-launch"
 BLAS_AND_UPDATE = "blas-triton-update"
 
@@ -38,12 +41,14 @@ BLAS_AND_UPDATE = "blas-triton-update"
 class Product:
     """One product of one problem: its BLAS form, its kernels by name, and the float64 value for each name.
 
-    Products with more than one result use tuples.
+    Products with more than one result use tuples. ``eager``: the plain forms of the kernels that compute more
+    than the BLAS form, for the check.
     """
 
     blas: Callable[[], Tensor | tuple[Tensor, ...]]
     kernels: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
     exact: dict[str, Tensor | tuple[Tensor, ...]]
+    eager: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = field(default_factory=dict)
 
 
 # Name of a product, its shipped configuration (None if it has none) -> the configurations to launch, by name.
@@ -55,8 +60,8 @@ def products(
 ) -> dict[str, Callable[[], Product]]:
     """Each product of a layer by name; made when called, so that few exist at a time.
 
-    ``schedule``: on sm_90, also this schedule of the warp-specialised loop. ``tiles``: the configurations of
-    each kernel to measure instead of everything else.
+    ``schedule``: on sm_90, also this schedule of the warp-specialised loop, or, if PROJECTS, the loop that
+    projects too. ``tiles``: the configurations of each kernel to measure instead of everything else.
     """
     from fastlora import masks, reference
     from fastlora.device import describe
@@ -91,16 +96,19 @@ def products(
         base = rows.double() @ right.double()
         whole = base + p.alpha * (u.double() @ v.double())
         product = Product(
-            lambda: torch.mm(rows, right), kernels, {FLOOR: base, **dict.fromkeys(kernels, whole)}
+            lambda: torch.mm(rows, right),
+            kernels,
+            {FLOOR: base, **dict.fromkeys(kernels, whole)},
+            dict.fromkeys(kernels, lambda: torch.mm(rows, right).addmm_(u, v, alpha=p.alpha)),
         )
         if tiles is not None:
             return product
         # Rank 0: the same kernel and tiles, but the loop over the ranks is empty.
         product.kernels[TRITON + OFF] = partial(gemm, rows, right, u[:, :0], v[:0], p.alpha, config[name])
         product.exact[TRITON + OFF] = base
-        if schedule and planned.device.capability == 90 and s.M >= 128:
+        if schedule in SCHEDULES and planned.device.capability == 90 and s.M >= 128:
             _add_hopper(product, schedule, rows, right, u, v, p.alpha)
-            product.exact[schedule] = whole
+            product.exact[schedule], product.eager[schedule] = whole, product.eager[TRITON]
         return product
 
     def forward() -> Product:
@@ -111,7 +119,12 @@ def products(
         exact = x.double() @ right.double() + p.alpha * (x.double() @ p.B.double().t()) @ p.A.double().t()
         kernels = {key: lambda c=c: small(x, p.weight, p.A, p.B, p.alpha, c)[0] for key, c in named.items()}
         base = x.double() @ right.double()
-        return Product(lambda: torch.mm(x, right), kernels, {FLOOR: base, **dict.fromkeys(kernels, exact)})
+        return Product(
+            lambda: torch.mm(x, right),
+            kernels,
+            {FLOOR: base, **dict.fromkeys(kernels, exact)},
+            dict.fromkeys(kernels, lambda: torch.mm(x, right).addmm_(x @ p.B.t(), p.A.t(), alpha=p.alpha)),
+        )
 
     def y() -> Product:
         product = updated("y", x, p.weight.t(), h, p.A.t())
@@ -119,6 +132,7 @@ def products(
             one = forward()
             product.kernels.update(one.kernels)
             product.exact.update({**one.exact, **product.exact})
+            product.eager.update(one.eager)
         return product
 
     def summed(name: str, rows: Tensor, u: Tensor) -> Product:
@@ -147,6 +161,31 @@ def products(
             dict.fromkeys((FLOOR, *kernels), exact),
         )
 
+    def with_projection(names: str, rows: Tensor, right: Tensor, down: Tensor, up: Tensor) -> Product:
+        """h and y, or g and dx: U = rows @ down and rows @ right + alpha * U @ up."""
+        first, second = (config[name] for name in names.split("+"))
+
+        def apart() -> tuple[Tensor, Tensor]:
+            u = project(rows, down, first)
+            return u, gemm(rows, right, u, up, p.alpha, second)
+
+        def eager() -> tuple[Tensor, Tensor]:
+            u = torch.mm(rows, down)
+            return u, torch.mm(rows, right).addmm_(u, up, alpha=p.alpha)
+
+        u, base = rows.double() @ down.double(), rows.double() @ right.double()
+        product = Product(
+            lambda: (torch.mm(rows, down), torch.mm(rows, right)),
+            {TRITON: apart},
+            {FLOOR: (u, base), TRITON: (u, base + p.alpha * (u @ up.double()))},
+            {TRITON: eager},
+        )
+        if schedule == PROJECTS and planned.device.capability == 90 and s.M >= 128:
+            _add_projecting_hopper(
+                product, rows, right, down, up, p.alpha, partial(project, rows, down, first)
+            )
+        return product
+
     def dropped() -> Product:
         """dx with dropout. Its tiles are never swept: tune compares its two forms."""
         one = kernel_step(replace(planned, dropout=True), "dx").config
@@ -163,7 +202,11 @@ def products(
         keep = reference.keep_mask(seed, s.M, s.K, DROPOUT).double()
         whole = base + scale * keep * (g.double() @ p.B.double())
         exact = {FLOOR: base, **dict.fromkeys(kernels, whole)}
-        return Product(lambda: torch.mm(p.dy, p.weight), kernels, exact)
+
+        def eager() -> Tensor:
+            return torch.mm(p.dy, p.weight).addcmul_(torch.mm(g, p.B), keep.to(p.dtype), value=scale)
+
+        return Product(lambda: torch.mm(p.dy, p.weight), kernels, exact, dict.fromkeys(kernels, eager))
 
     return {
         "y": y,
@@ -173,6 +216,8 @@ def products(
         "dA": lambda: summed("dA", p.dy, h),
         "dB": lambda: summed("dB", x, g),
         "g+dA": together,
+        "h+y": lambda: with_projection("h+y", x, p.weight.t(), p.B.t(), p.A.t()),
+        "g+dx": lambda: with_projection("g+dx", p.dy, p.weight, p.A, p.B),
         "dx+dropout": dropped,
         "forward": forward,
     }
@@ -194,10 +239,43 @@ def _add_hopper(
     product.exact[name + OFF] = product.exact[FLOOR]
 
 
+def _add_projecting_hopper(
+    product: Product,
+    rows: Tensor,
+    right: Tensor,
+    down: Tensor,
+    up: Tensor,
+    alpha: float,
+    projected: Callable[[], Tensor],
+) -> None:
+    """Add the warp-specialised loop that computes alpha * U too, and the other one after ``projected``."""
+    from fastlora.kernels import configs, hopper
+    from fastlora.kernels.hopper_project import project_and_gemm
+
+    by_rows = right.stride(1) == 1
+    q, z, v = (right, down, up) if by_rows else (right.t(), down.t(), up.t())
+    sms = torch.cuda.get_device_properties(rows.device).multi_processor_count
+    loop = configs.select_hopper(sms, down.shape[1])
+    projecting = configs.select_hopper_project(sms, down.shape[1])
+
+    def apart() -> tuple[Tensor, Tensor]:
+        u = projected()
+        return u, hopper.gemm(rows, q, u, v, alpha, loop, None, by_rows)
+
+    def together() -> tuple[Tensor, Tensor]:
+        c, u = project_and_gemm(rows, q, z, v, alpha, projecting, None, by_rows)
+        return u, c
+
+    product.kernels.update({"hopper": apart, PROJECTS: together})
+    u, c = product.exact[TRITON]
+    product.exact.update({"hopper": (u, c), PROJECTS: (alpha * u, c)})
+    eager = product.eager[TRITON]
+    product.eager.update({"hopper": eager, PROJECTS: lambda: (alpha * eager()[0], eager()[1])})
+
+
 @sums_in_float32()
 def failures(product: Product, device: torch.device) -> dict[str, str]:
-    """What is wrong with each kernel; its error may be at most twice that of the BLAS call, plus 1e-6."""
-    allowed = _errors(product.blas(), product.exact[FLOOR])
+    """What is wrong with each kernel; its error may be at most twice that of its eager form, plus 1e-6."""
     wrong = {}
     for name, kernel in product.kernels.items():
         try:
@@ -208,6 +286,7 @@ def failures(product: Product, device: torch.device) -> dict[str, str]:
                 raise
             wrong[name] = f"error: {one_line(failure)}"
             continue
+        allowed = _errors(product.eager.get(name, product.blas)(), product.exact[name])
         for found, bound in zip(errors, allowed, strict=True):
             for kind in ("largest", "rms"):
                 value, limit = getattr(found, kind), FACTOR * getattr(bound, kind) + SLACK
@@ -234,7 +313,7 @@ def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Me
     ]
     measurement = Measurement()
     try:
-        schedule = plan.section if plan.section in SCHEDULES else None
+        schedule = plan.section if plan.section in (*SCHEDULES, PROJECTS) else None
         makers = [products(problem, schedule, tiles) for problem in problems]
     except RuntimeError as reason:
         raise_out_of_memory(reason)

@@ -30,7 +30,18 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastlora.kernels import backward, configs, gemm, group, hopper, project, small, token_sum, update
+from fastlora.kernels import (
+    backward,
+    configs,
+    gemm,
+    group,
+    hopper,
+    hopper_project,
+    project,
+    small,
+    token_sum,
+    update,
+)
 from fastlora.kernels.tiles import in_eights
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -143,6 +154,8 @@ def cases(archs: tuple[int, ...] = ARCHS) -> list[Case]:
                 for R in (0, 16, *RANKS[1:]):  # 0: the update off, for the benchmarks
                     found += [Case("hopper", arch, 8192, R, backward=dx, teams=teams) for dx in (False, True)]
                 found.append(Case("hopper", arch, 8192, 16, dtype="fp16", adapter="fp16", teams=teams))
+            for R in (8, 16, 32):
+                found += [Case("hopper_project", arch, 8192, R, backward=dx) for dx in (False, True)]
     return found
 
 
@@ -271,14 +284,18 @@ def _update_source(case: Case):
     return update._update_kernel, signature, config
 
 
+def _descriptors(blocks: dict[str, list[int]], case: Case) -> dict[str, str]:
+    element = gl.bfloat16 if case.dtype == "bf16" else gl.float16
+    found = {}
+    for name, block in blocks.items():
+        layout = gl.NVMMASharedLayout.get_default_for(block, element)
+        found[name] = f"tensordesc<{case.dtype}[{block[0]},{block[1]}],{layout!r}>"
+    return found
+
+
 def _hopper_source(case: Case):
     config = configs.select_hopper(SMS, case.R, case.teams)
-    element = gl.bfloat16 if case.dtype == "bf16" else gl.float16
-    signature = {}
-    for name, block in hopper.blocks(config, q_by_rows=case.backward).items():
-        layout = gl.NVMMASharedLayout.get_default_for(block, element)
-        signature[name] = f"tensordesc<{case.dtype}[{block[0]},{block[1]}],{layout!r}>"
-    signature |= {
+    signature = _descriptors(hopper.blocks(config, q_by_rows=case.backward), case) | {
         "bias_ptr": None if case.backward else f"*{case.dtype}", "scale": "fp32",
         "M": "i32", "D": "i32", "E": "i32",
         "BLOCK_R": config.block_r, "RANK_STEPS": -(-case.R // config.block_d), "GROUP_M": config.group_m,
@@ -286,6 +303,20 @@ def _hopper_source(case: Case):
         "TEAMS": config.teams,
     }  # fmt: skip
     return hopper._hopper_kernel, signature, config
+
+
+def _hopper_project_source(case: Case):
+    config = configs.select_hopper_project(SMS, case.R)
+    descriptors = _descriptors(hopper_project.blocks(config, q_by_rows=case.backward), case)
+    signature = {name: descriptors[f"{name}_desc"] for name in "pqzuvc"}
+    signature = {f"{name}_desc": value for name, value in signature.items()} | {
+        "u_ptr": f"*{case.dtype}", "states_ptr": "*i32",
+        "bias_ptr": None if case.backward else f"*{case.dtype}", "scale": "fp32",
+        "M": "i32", "D": "i32", "E": "i32", "R": "i32",
+        "BLOCK_R": config.block_r, "GROUP_M": config.group_m, "SLOTS": config.slots,
+        "Q_BY_ROWS": case.backward, "HAS_BIAS": not case.backward,
+    }  # fmt: skip
+    return hopper_project._hopper_project_kernel, signature, config
 
 
 _SOURCES = {
@@ -297,6 +328,7 @@ _SOURCES = {
     "group_dx": _group_dx_source,
     "update": _update_source,
     "hopper": _hopper_source,
+    "hopper_project": _hopper_project_source,
 }
 # In these cases, the launcher sees all other pointers, sizes and strides as multiples of 16, except for a
 # number of rows or what equals the rank, if that is not such a multiple.
@@ -319,7 +351,7 @@ def compile_case(case: Case) -> tuple[Row, dict[str, str]]:
         odd = (rank_sized and case.R % 16) or (name == "M" and case.M % 16)
         if aligned and name not in _NEVER_DIVISIBLE and not odd:
             attrs[(index,)] = [["tt.divisibility", 16]]
-    if case.kernel == "hopper":
+    if case.kernel.startswith("hopper"):
         source, options = (
             GluonASTSource(kernel, signature, constexprs, attrs),
             {"num_warps": hopper.team_warps(config)},

@@ -7,7 +7,8 @@ not been measured on a GPU yet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 # Shared memory that one program may use, in bytes (CUDA C++ Programming Guide, "Technical Specifications per
 # Compute Capability"), for the capabilities that have configurations of their own.
@@ -35,8 +36,7 @@ _MIN_BLOCK = 16
 # in flight at a time should stay in L2, which has 6 MB on sm_86 and about 40 MB or more on the others. Not
 # measured yet.
 REGION_BYTES = 4 * 1024 * 1024
-# hopper writes C in parts of this many columns, the most that one TMA box holds in the swizzled layout.
-HOPPER_PART = 64
+# The Hopper loops write C through this many buffers in shared memory.
 HOPPER_BUFFERS = 2
 # The most tokens for which one launch computes h and y: one tile of rows, so that W is read once.
 SMALL_ROWS = 16
@@ -127,6 +127,9 @@ class HopperConfig:
     Two warpgroups share each tile (one team, the cooperative schedule) or take turns (two, ping-pong).
     """
 
+    # C is written this many columns at a time, the most that one TMA box holds in the swizzled layout.
+    part_e: ClassVar[int] = 64
+
     block_m: int
     block_e: int
     block_d: int
@@ -138,8 +141,18 @@ class HopperConfig:
 
     def shared_bytes(self, itemsize: int) -> int:
         ring = self.slots * self.block_d * (self.block_m + self.block_e) * itemsize
-        c_parts = HOPPER_BUFFERS * self.block_m * HOPPER_PART * itemsize
+        c_parts = HOPPER_BUFFERS * self.block_m * self.part_e * itemsize
         return ring + c_parts + self.teams * 256  # 256 for barriers and what the warps are passed
+
+
+@dataclass(frozen=True)
+class HopperProjectConfig(HopperConfig):
+    """A cooperative :class:`HopperConfig` whose slots also hold tiles of B or A, in half of C's memory."""
+
+    part_e: ClassVar[int] = 32
+
+    def shared_bytes(self, itemsize: int) -> int:
+        return super().shared_bytes(itemsize) + self.slots * self.block_d * self.block_r * itemsize
 
 
 @dataclass(frozen=True)
@@ -372,3 +385,10 @@ def select_hopper(sms: int, R: int, teams: int = 1) -> HopperConfig:
         programs=sms,
         teams=teams,
     )
+
+
+def select_hopper_project(sms: int, R: int) -> HopperProjectConfig:
+    """The configuration of hopper_project for rank R in half precision, ValueError above rank 32."""
+    if R > 32:
+        raise ValueError(f"hopper_project: expected a rank of up to 32, got {R}")  # shared memory
+    return HopperProjectConfig(**asdict(select_hopper(sms, R)))

@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastlora.kernels.configs import HOPPER_BUFFERS, HOPPER_PART, HopperConfig
+from fastlora.kernels.configs import HOPPER_BUFFERS, HopperConfig
 
 # Gluon renamed these two between triton 3.8 and 3.9.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -48,12 +48,11 @@ async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_glob
 WARPS = gl.constexpr(8)  # the two warpgroups that multiply
 # TMA reads and writes only rows that begin at multiples of 16 bytes.
 TMA_ALIGNMENT = 16
-PART_E = gl.constexpr(HOPPER_PART)
 C_BUFFERS = gl.constexpr(HOPPER_BUFFERS)
 
 
 @gluon.jit
-def _grouped_tile(number, tiles_m, tiles_e, GROUP_M: gl.constexpr):
+def grouped_tile(number, tiles_m, tiles_e, GROUP_M: gl.constexpr):
     """Map a tile number to the tile (m, e), GROUP_M rows of tiles at a time, as in fastlora.kernels.tiles."""
     tiles_in_group = GROUP_M * tiles_e
     first_m = (number // tiles_in_group) * GROUP_M
@@ -63,14 +62,14 @@ def _grouped_tile(number, tiles_m, tiles_e, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _next(slot, phase, SLOTS: gl.constexpr):
+def next_slot(slot, phase, SLOTS: gl.constexpr):
     """The next slot and the parity of its barriers, which flips once per pass around the ring."""
     last = slot == SLOTS - 1
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
-def _before(slot, SLOTS: gl.constexpr):
+def slot_before(slot, SLOTS: gl.constexpr):
     """The slot before ``slot``.
 
     Not a variable that the loop sets to ``slot``: Triton would take it for a constant of the loop.
@@ -80,7 +79,7 @@ def _before(slot, SLOTS: gl.constexpr):
 
 @gluon.jit
 def _skip(slot, phase, steps, SLOTS: gl.constexpr):
-    """:func:`_next`, ``steps`` times."""
+    """:func:`next_slot`, ``steps`` times."""
     place = slot + steps
     return place % SLOTS, phase ^ (place // SLOTS & 1)
 
@@ -112,19 +111,19 @@ def _producer(ring, sizes, inputs, RANK_STEPS: gl.constexpr, GROUP_M: gl.constex
     slot = 0
     phase = 0
     for number in range(gl.program_id(0), tiles_m * tiles_e, gl.num_programs(0)):
-        tile_m, tile_e = _grouped_tile(number, tiles_m, tiles_e, GROUP_M)
+        tile_m, tile_e = grouped_tile(number, tiles_m, tiles_e, GROUP_M)
         m = tile_m * BLOCK_M
         e = tile_e * BLOCK_E
         for step in range(RANK_STEPS):
             _fill(u_desc, v_desc, m, e, step * BLOCK_D, slot, phase, p_ring, q_ring, ready, empty, Q_BY_ROWS)
-            slot, phase = _next(slot, phase, SLOTS)
+            slot, phase = next_slot(slot, phase, SLOTS)
         for d in range(0, D, BLOCK_D):
             _fill(p_desc, q_desc, m, e, d, slot, phase, p_ring, q_ring, ready, empty, Q_BY_ROWS)
-            slot, phase = _next(slot, phase, SLOTS)
+            slot, phase = next_slot(slot, phase, SLOTS)
 
 
 @gluon.jit
-def _operands(slot, p_ring, q_ring, DEPTH: gl.constexpr, Q_BY_ROWS: gl.constexpr):
+def operands(slot, p_ring, q_ring, DEPTH: gl.constexpr, Q_BY_ROWS: gl.constexpr):
     """Views of a slot's first DEPTH summands, (BLOCK_M, DEPTH) and (DEPTH, BLOCK_E); no data is moved."""
     p = p_ring.index(slot).slice(0, DEPTH, dim=1)
     if Q_BY_ROWS:
@@ -141,15 +140,20 @@ def _halves(c):
 
 
 @gluon.jit
-def _store(c_desc, c_buffers, c, m, e, TEAM: gl.constexpr, TEAMS: gl.constexpr):
-    """Write a tile of C in parts; a buffer is written again once the store that reads it has done so."""
-    BUFFERS: gl.constexpr = C_BUFFERS // TEAMS
+def store_tile(c_desc, c_buffers, c, m, e, FIRST: gl.constexpr, BUFFERS: gl.constexpr):
+    """Write a tile of C in 2, 4 or 8 parts, through BUFFERS buffers from FIRST on in turn.
+
+    A buffer is written again once the store that reads it has done so.
+    """
+    PART_E: gl.constexpr = c_desc.block_type.shape[1]
     PARTS: gl.constexpr = c.shape[1] // PART_E
     parts = _halves(c)
-    if PARTS == 4:
+    if PARTS >= 4:
         parts = _halves(parts[0]) + _halves(parts[1])
+    if PARTS == 8:
+        parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
     for i in gl.static_range(PARTS):
-        buffer = c_buffers.index(TEAM * BUFFERS + i % BUFFERS)
+        buffer = c_buffers.index(FIRST + i % BUFFERS)
         tma.store_wait(BUFFERS - 1)
         buffer.store(parts[i])
         fence_async_shared()
@@ -181,29 +185,29 @@ def _consumer(
     turn_phase = TEAM ^ 1
     first = gl.program_id(0) + TEAM * gl.num_programs(0)
     for number in range(first, tiles_m * tiles_e, TEAMS * gl.num_programs(0)):
-        tile_m, tile_e = _grouped_tile(number, tiles_m, tiles_e, GROUP_M)
+        tile_m, tile_e = grouped_tile(number, tiles_m, tiles_e, GROUP_M)
         acc = gl.zeros((BLOCK_M, BLOCK_E), gl.float32, ACC_LAYOUT)
         if TEAMS > 1:
             mbarrier.wait(turn.index(TEAM), turn_phase)
             turn_phase ^= 1
         for _ in range(RANK_STEPS):
             mbarrier.wait(ready.index(slot), phase)
-            u, v = _operands(slot, p_ring, q_ring, BLOCK_R, Q_BY_ROWS)
+            u, v = operands(slot, p_ring, q_ring, BLOCK_R, Q_BY_ROWS)
             acc = warpgroup_mma(u, v, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index(slot), count=1)
-            slot, phase = _next(slot, phase, SLOTS)
+            slot, phase = next_slot(slot, phase, SLOTS)
         acc = acc * scale
 
         for d in range(0, D, BLOCK_D):
             mbarrier.wait(ready.index(slot), phase)
-            p, q = _operands(slot, p_ring, q_ring, BLOCK_D, Q_BY_ROWS)
+            p, q = operands(slot, p_ring, q_ring, BLOCK_D, Q_BY_ROWS)
             acc = warpgroup_mma(p, q, acc, is_async=True)
             # All products before this one have finished, so the previous slot is free.
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index(_before(slot, SLOTS)), count=1, pred=d > 0)
-            slot, phase = _next(slot, phase, SLOTS)
-        last = _before(slot, SLOTS)
+            mbarrier.arrive(empty.index(slot_before(slot, SLOTS)), count=1, pred=d > 0)
+            slot, phase = next_slot(slot, phase, SLOTS)
+        last = slot_before(slot, SLOTS)
         if TEAMS > 1:
             mbarrier.arrive(turn.index(TEAM ^ 1), count=1)
             slot, phase = _skip(slot, phase, steps, SLOTS)
@@ -215,7 +219,8 @@ def _consumer(
             bias = gl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0)
             acc = acc + gl.expand_dims(bias.to(gl.float32), 0)
         c = acc.to(c_desc.dtype)
-        _store(c_desc, c_buffers, c, tile_m * BLOCK_M, tile_e * BLOCK_E, TEAM, TEAMS)
+        BUFFERS: gl.constexpr = C_BUFFERS // TEAMS
+        store_tile(c_desc, c_buffers, c, tile_m * BLOCK_M, tile_e * BLOCK_E, TEAM * BUFFERS, BUFFERS)
     tma.store_wait(0)
 
 
@@ -277,7 +282,7 @@ def blocks(config: HopperConfig, q_by_rows: bool) -> dict[str, list[int]]:
     """The shape of the tile that each descriptor reads or writes."""
     rows = [config.block_m, config.block_d]
     columns = [config.block_d, config.block_e] if q_by_rows else [config.block_e, config.block_d]
-    part = [config.block_m, HOPPER_PART]
+    part = [config.block_m, config.part_e]
     return {"p_desc": rows, "q_desc": columns, "u_desc": rows, "v_desc": columns, "c_desc": part}
 
 
@@ -301,7 +306,7 @@ def why_not(*matrices: torch.Tensor) -> str | None:
     return None
 
 
-def _descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
+def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
     dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
     return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
@@ -329,11 +334,11 @@ def gemm(
     block = blocks(config, q_by_rows)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(E, config.block_e)
     _hopper_kernel[(min(config.programs, tiles),)](
-        _descriptor(p, block["p_desc"]),
-        _descriptor(q, block["q_desc"]),
-        _descriptor(u, block["u_desc"]),
-        _descriptor(v, block["v_desc"]),
-        _descriptor(c, block["c_desc"]),
+        descriptor(p, block["p_desc"]),
+        descriptor(q, block["q_desc"]),
+        descriptor(u, block["u_desc"]),
+        descriptor(v, block["v_desc"]),
+        descriptor(c, block["c_desc"]),
         bias, scale, M, D, E,
         BLOCK_R=config.block_r, RANK_STEPS=triton.cdiv(R, config.block_d), GROUP_M=config.group_m,
         SLOTS=config.slots, Q_BY_ROWS=q_by_rows, HAS_BIAS=bias is not None, TEAMS=config.teams,

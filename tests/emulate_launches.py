@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from fastlora import masks, ops, planner
 from fastlora.device import Device
-from fastlora.kernels import backward, configs, hopper, update
+from fastlora.kernels import backward, configs, hopper, hopper_project, update
 
 # (M, K, N, R)
 SHAPES = [
@@ -139,6 +139,22 @@ def run_hopper(M, D, E, R):
         assert_near("c", hopper.gemm(p, q, u, v, ALPHA, config, bias, by_rows), expected, HALF)
 
 
+def run_hopper_project(M, D, E, R):
+    """The same main loop when it computes the update's left factor too."""
+    p = torch.randn(M, D).to(HALF)
+    for by_rows in (False, True):
+        q, z = ((torch.randn(size, D) * D**-0.5).to(HALF) for size in (E, R))
+        v = (torch.randn(E, R) * R**-0.5).to(HALF)
+        u = ALPHA * p.double() @ z.double().t()
+        expected = p.double() @ q.double().t() + u @ v.double().t()
+        if by_rows:
+            q, z, v = (t.t().contiguous() for t in (q, z, v))
+        config = configs.select_hopper_project(4, R)
+        c, found = hopper_project.project_and_gemm(p, q, z, v, ALPHA, config, None, by_rows)
+        assert_near("c", c, expected, HALF)
+        assert_near("u", found, u, HALF)
+
+
 def main():
     arch, *edits = sys.argv[1:]
     arch = int(arch)
@@ -159,6 +175,7 @@ def main():
     if arch == 90:
         for shape in HOPPER_SHAPES:
             run_hopper(*shape)
+            run_hopper_project(*shape[:3], min(shape[3], 32))
         # As the planner chooses it, beside the other kernel for what it cannot read.
         os.environ["FASTLORA_HOPPER"] = "1"
         planner.forget_plans()

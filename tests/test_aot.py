@@ -46,7 +46,9 @@ def static_rows(tmp_path_factory):
 def arch_rows(request, static_rows):
     rows = [row for row in static_rows if int(row["arch"]) == request.param]
     kernels = {"project", "gemm", "token_sum", "small", "group_dx", "backward", "update"}
-    assert {row["kernel"] for row in rows} == kernels | ({"hopper"} if request.param == 90 else set())
+    if request.param == 90:
+        kernels |= {"hopper", "hopper_project"}
+    assert {row["kernel"] for row in rows} == kernels
     return rows
 
 
@@ -66,6 +68,7 @@ def test_shared_memory_is_within_the_device_and_the_estimate(arch_rows):
         "token_sum": configs.TokenSumConfig,
         "small": configs.SmallConfig,
         "hopper": configs.HopperConfig,
+        "hopper_project": configs.HopperProjectConfig,
         "group_dx": configs.GemmConfig,
         "backward": configs.BackwardConfig,
         "update": configs.UpdateConfig,

@@ -35,7 +35,7 @@ import tables  # noqa: E402
 import tiles  # noqa: E402
 import timing  # noqa: E402
 from measure import Checks, Plan, measure  # noqa: E402
-from primitives import BLAS_AND_UPDATE, OFF, ONE_LAUNCH, SCHEDULES, TRITON, failures, products  # noqa: E402
+from primitives import BLAS_AND_UPDATE, OFF, ONE_LAUNCH, TRITON, failures, products  # noqa: E402
 from problem import Layer, Problem, Unavailable, make_problem, step  # noqa: E402
 from providers import PROVIDERS, Provider  # noqa: E402
 from shapes import GroupShape, ModelShape, Shape  # noqa: E402
@@ -434,7 +434,7 @@ def test_products_are_checked():
     """The kernels of the products, in the interpreter or on a GPU; and a wrong value is seen."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = products(make_problem(Shape(19, 24, 17, 3), torch.float32, device, bias=False))
-    assert list(made) == ["y", "dx", "h", "g", "dA", "dB", "g+dA", "dx+dropout", "forward"]
+    assert list(made) == ["y", "dx", "h", "g", "dA", "dB", "g+dA", "h+y", "g+dx", "dx+dropout", "forward"]
     product = made["y"]()
     assert failures(product, CPU) == {}
     kernels = {name: (lambda run=run: run() * 1.01) for name, run in product.kernels.items()}
@@ -447,13 +447,22 @@ def test_products_are_checked():
     undropped = dict.fromkeys(dropped.kernels, made["dx"]().kernels["triton"])
     assert failures(replace(dropped, kernels=undropped), CPU).keys() == dropped.kernels.keys()
 
-    pair = made["g+dA"]()
-    assert failures(pair, CPU) == {}
-    g, dA = pair.kernels[ONE_LAUNCH]()
-    for altered in ((g * 1.01, dA), (g, dA * 1.01)):
-        kernels = {**pair.kernels, ONE_LAUNCH: lambda altered=altered: altered}
-        wrong = failures(replace(pair, kernels=kernels), CPU)
-        assert wrong.keys() == {ONE_LAUNCH}
+    for name, kernel in (("g+dA", ONE_LAUNCH), ("h+y", TRITON), ("g+dx", TRITON)):
+        pair = made[name]()
+        assert failures(pair, CPU) == {}
+        first, second = pair.kernels[kernel]()
+        for altered in ((first * 1.01, second), (first, second * 1.01)):
+            kernels = {**pair.kernels, kernel: lambda altered=altered: altered}
+            wrong = failures(replace(pair, kernels=kernels), CPU)
+            assert wrong.keys() == {kernel}
+
+
+def test_products_are_as_accurate_as_what_computes_the_same():
+    """The update is larger than the frozen product here, and so is the rounding of their sum."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made = products(make_problem(Shape(100, 136, 264, 16), torch.float16, device, bias=False))
+    for name, product in made.items():
+        assert failures(product(), CPU) == {}, name
 
 
 @pytest.mark.parametrize("capability", sorted(configs.SHARED_MEMORY))
@@ -789,7 +798,7 @@ def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
         "group",
         "model",
         "tiles",
-        *SCHEDULES,
+        *gpu.HOPPER_PRODUCTS,
     }
     assert {row.mode for row in rows if row.section == "training"} == set(gpu.TRAINING)
     assert {row.mode for row in rows if row.section == "mainloop"} == set(gpu.PRODUCTS)
@@ -872,11 +881,12 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
     target = gpu.Target(torch.device("cuda"), torch.bfloat16, ("graph", "eager"), dry=False, seconds=0.8)
     monkeypatch.setattr(gpu, "run_tests", lambda *_: "no end")
     work = gpu.units(set(gpu.SECTIONS), tables.select(None), target, Path("unused"))
-    assert [unit.name.split()[0] for unit in work[-10:]] == ["hopper"] * 5 + ["hopper-pingpong"] * 5
-    assert {unit.name.split()[0] for unit in work[-10 - len(tiles.work()) : -10]} == {"tiles"}
-    for unit, schedule in ((work[-6], "hopper"), (work[-1], "hopper-pingpong")):
+    loops = {"hopper": ("y", "dx"), "hopper-pingpong": ("y", "dx"), "hopper-project": ("h+y", "g+dx")}
+    assert [unit.name.split()[0] for unit in work[-15:]] == [name for name in loops for _ in range(5)]
+    assert {unit.name.split()[0] for unit in work[-15 - len(tiles.work()) : -15]} == {"tiles"}
+    for unit, (section, modes) in zip(work[-11::5], loops.items(), strict=True):
         assert {(row.mode, row.provider, row.status) for row in unit.run().rows} == {
-            (mode, schedule, "check failed: no end") for mode in ("y", "dx")
+            (mode, section, "check failed: no end") for mode in modes
         }
     assert len({unit.name for unit in work}) == len(work)
     for unit in work:
@@ -1048,7 +1058,7 @@ def test_a_replay_keeps_what_it_replays(monkeypatch):
 def test_gpu_script_default_tests_are_collected():
     """Its deselections name tests that exist; without a GPU they are collected all the same."""
     names = [argument.split("=")[1] for argument in gpu.TESTS.split() if argument.startswith("--")]
-    assert len(names) == 3
+    assert len(names) == 4
     for name in names:
         path, *parts = name.split("::")
         text = (ROOT / path).read_text()

@@ -38,12 +38,10 @@ def matrices(M, D, E, R, dtype=torch.bfloat16, q_by_rows=False, bias=True):
     return normal(M, D), q, normal(M, R), v, normal(E) if bias else None
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """What the compiler makes of the kernel, in a process of its own: the interpreter is on in this one."""
-    folder = tmp_path_factory.mktemp("static")
+def compile_kernel(kernel, folder):
+    """What the compiler makes of a kernel, in a process of its own: the interpreter is on in this one."""
     command = [sys.executable, str(BENCHMARKS / "static.py"), "--out", str(folder), "--keep"]
-    subprocess.run([*command, "--kernel", "hopper", "--arch", "90"], check=True, capture_output=True)
+    subprocess.run([*command, "--kernel", kernel, "--arch", "90"], check=True, capture_output=True)
     with open(folder / "static.csv", newline="") as file:
         found = list(csv.DictReader(file))
     for number, row in enumerate(found):
@@ -51,6 +49,11 @@ def rows(tmp_path_factory):
         # It is compiled for multiples of 16, but run for all sizes: nothing of this form depends on it.
         row["ttgir"] = row["ttgir"].replace(" {tt.divisibility = 16 : i32}", "")
     return found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return compile_kernel("hopper", tmp_path_factory.mktemp("static"))
 
 
 def compiled(rows, teams, R=16, dtype="bf16", q_by_rows=False):

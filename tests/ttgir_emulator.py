@@ -7,9 +7,11 @@ operations; its text is parsed and run on arrays.
 Each asynchronous operation happens at the moment that is worst for the kernel. A copy spoils its shared
 memory as soon as it is issued and fills it much later; the operands of a product and the buffer of a TMA
 store must stay as they are until these are waited for. Shared memory begins as NaN. The partitions of a
-program take turns in a random order, and if none can go on, :class:`Deadlock` is raised. Also checked: that
-every access is within its tensor's storage, that no program writes what another reads or writes, fences
-before TMA stores, and what the compiler was told of the arguments.
+program take turns in a random order. So do programs that have atomic operations, of which one, two or eight
+run at a time; the others run one after another. If nothing can go on, :class:`Deadlock` is raised. Also
+checked: that every access is within its tensor's storage, that no program writes what another reads or writes
+(unless that is TMA, and a release, an acquire and fences come in between), fences before TMA stores, and what
+the compiler was told of the arguments.
 """
 
 import functools
@@ -18,6 +20,7 @@ import math
 import operator
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +39,7 @@ HALF = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Deadlock(RuntimeError):
-    """Every partition waits for a barrier that nothing completes."""
+    """Every partition of every program that runs waits, and nothing will end that."""
 
 
 # --- The text ---------------------------------------------------------------------------------------------
@@ -78,6 +81,10 @@ class Block:
 @functools.cache
 def parse(text: str) -> tuple[dict[str, str], list[Op]]:
     """The kernel's arguments with their types and hints, and its operations."""
+    # A maximum over one element, which makes a tensor a number.
+    maximum = r'"tt\.reduce"\((%\w+)\) <.*?\}\)(?:| loc\(#loc\d*\)) : (?=\(tensor<1xi32)'
+    text = re.sub(maximum, r"only \1 : ", text, flags=re.DOTALL)
+    text = re.sub(r'(tt\.elementwise_inline_asm "[^"]*") \{[^}]*\}', r"\1", text)
     text = re.sub(r' loc\((?:#loc\d*|unknown|"[^"]*"(?:\(#loc\d*\))?|callsite[^)]*\))\)', "", text)
     lines = iter(line.strip() for line in text.splitlines() if line.strip())
     header = next(line for line in lines if line.startswith("tt.func"))
@@ -123,6 +130,8 @@ class Global:
         self._elements = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
         self._writer = np.full(len(self._elements), self.NOBODY)
         self._reader = self._writer.copy()
+        self._written_at = self._writer.copy()
+        self._released: dict[int, dict[int, int]] = {}  # by place, see Machine._acquired
 
     def load(self, places: np.ndarray, program: int) -> np.ndarray:
         self._check_bounds(places)
@@ -132,12 +141,31 @@ class Global:
         values = self._elements[torch.from_numpy(places)]
         return (values.float() if values.is_floating_point() else values).numpy()
 
-    def store(self, places: np.ndarray, values: np.ndarray, program: int) -> None:
+    def add(self, place: int, value: int) -> int:
+        """Atomically; returns the value before."""
+        self._check_bounds(place)
+        before = int(self._elements[place])
+        self._elements[place] += int(value)
+        return before
+
+    def release(self, place: int, program: int, until: int) -> None:
+        self._released.setdefault(int(place), {})[program] = until
+
+    def acquire(self, place: int) -> dict[int, int]:
+        return self._released.get(int(place), {})
+
+    def check_visible(self, places: np.ndarray, seen: dict[int, int]) -> None:
+        """Whether TMA may read the elements, for a program that has ``seen`` others' writes."""
+        for program in np.unique(self._writer[places]):
+            latest = self._written_at[places][self._writer[places] == program].max()
+            assert program == self.NOBODY or seen.get(program, -1) >= latest, "read before it is visible"
+
+    def store(self, places: np.ndarray, values: np.ndarray, program: int, now: int = 0) -> None:
         self._check_bounds(places)
         assert len(np.unique(places)) == places.size, "one store writes an element twice"
         assert (self._writer[places] == self.NOBODY).all(), "an element is written twice"
         assert np.isin(self._reader[places], (self.NOBODY, program)).all(), "written after another's read"
-        self._writer[places] = program
+        self._writer[places], self._written_at[places] = program, now
         self._elements[torch.from_numpy(places)] = torch.from_numpy(values).to(self._elements.dtype)
 
     def _check_bounds(self, places):
@@ -158,9 +186,16 @@ class Descriptor:
 
     matrix: torch.Tensor
     shape: tuple[int, ...]
+    storage: Global | None = None  # if the kernel also has a pointer to the matrix
 
     def __post_init__(self):
         self._written = torch.zeros(self.matrix.shape, dtype=torch.bool)
+
+    def check_visible(self, coordinates, seen):
+        if self.storage is not None:
+            outer, _ = self._overlap(coordinates)
+            places = torch.arange(self.matrix.numel()).view(self.matrix.shape)[outer]
+            self.storage.check_visible(places.flatten().numpy(), seen)
 
     def read(self, coordinates):
         block = np.zeros(self.shape, dtype=np.float32)
@@ -243,15 +278,16 @@ class Reading:
 
 
 class Accumulator:
-    """An array in registers with products that have not been waited for."""
+    """An array in registers with products that have not been waited for, and their numbers."""
 
     def __init__(self, value, pending=()):
         self.value, self.pending = value, tuple(pending)
 
-    def finish(self, outstanding):
+    def finish(self, until):
+        """Finish the products below number ``until``."""
         value, pending = self.value, list(self.pending)
-        while len(pending) > outstanding:
-            a, b = pending.pop(0).arrays()
+        while pending and pending[0][0] < until:
+            a, b = pending.pop(0)[1].arrays()
             value = value + a @ b
         return Accumulator(value, pending)
 
@@ -359,9 +395,11 @@ PLAIN: dict[str, Callable] = {
     "tt.split": lambda op, a: (a[..., 0], a[..., 1]),
     "tt.addptr": lambda op, pointer, offsets: Pointer(pointer.memory, pointer.places + np.int64(offsets)),
     "tt.dot": lambda op, a, b, c: c + a @ b,
+    "tt.ptr_to_int": lambda op, pointer: pointer,
     "ttg.convert_layout": _on_places(lambda op, a: a),
     "ttg.memdesc_trans": lambda op, view: View(view.memory, view.array.transpose(_order(op))),
-    "ttg.local_load": lambda op, view, token=None: view.array.copy(),
+    "ttg.local_load": lambda op, view, token=None: view.array.astype(TYPES[op.element]),
+    "only": lambda op, a: a[0],
     "ttg.local_dealloc": lambda op, view: None,
 }
 
@@ -380,10 +418,16 @@ class Machine:
         self._copies = [[]]
         self._loads = []  # TMA loads on their way
         self._stores = {}  # TMA stores of each partition that have not been waited for
+        self._products = Counter()  # asynchronous products of each partition
+        self._now = 0
+        # When each partition last passed a barrier of its threads, and a fence between ordinary accesses and
+        # TMA's.
+        self._barrier_at, self._fence_at = Counter(), Counter()
+        # Up to when each program's stores are visible, by what atomic operations say, and then also to TMA.
+        self._acquired, self._seen = {}, {}
 
     def run(self, ops, values):
-        for _ in self._run(ops, dict(values), "main"):
-            pass
+        yield from self._run(ops, dict(values), "main")
         assert not any(self._stores.values()), "a program ended while a TMA store read its memory"
 
     def _run(self, ops: list[Op], values: dict[str, Any], partition: str) -> Steps:
@@ -400,7 +444,9 @@ class Machine:
                 results = yield from self._run(taken.ops, values, partition)
                 values.update(zip(op.results, results, strict=True))
             elif op.name == "ttg.warp_specialize":
-                self._specialize(op, values)
+                yield from self._specialize(op, values)
+            elif op.name == "tt.elementwise_inline_asm" and "ld.acquire.gpu.global.b32 state" in op.text:
+                yield from self._wait(op, values, partition)
             elif op.name == "ttng.wait_barrier":
                 barrier, parity, needed = (values[name] for name in op.operands)
                 while needed and not barrier.is_past(parity):
@@ -428,7 +474,18 @@ class Machine:
             carried = yield from self._run(op.blocks["body"].ops, inner, partition)
         values.update(zip(op.results, carried, strict=True))
 
-    def _specialize(self, op: Op, values: dict[str, Any]) -> None:
+    def _wait(self, op: Op, values: dict[str, Any], partition: str) -> Steps:
+        """The assembly that waits until a state in global memory is large enough, and fences."""
+        pointer, least = (values[name] for name in op.operands)
+        place = np.int64(pointer.places)
+        while pointer.memory.add(place, 0) < least:
+            yield False
+        for program, until in pointer.memory.acquire(place).items():
+            self._acquired[program] = max(until, self._acquired.get(program, -1))
+        if "fence.proxy.async.global" in op.text:
+            self._seen = dict(self._acquired)
+
+    def _specialize(self, op: Op, values: dict[str, Any]) -> Steps:
         """Run the partitions, some steps of one and then of another, until all have ended."""
         captured = [values[name] for name in op.operands]
         live = {}
@@ -449,10 +506,10 @@ class Machine:
                 while self._loads and self._rng.random() < 0.4:
                     self._deliver(self._rng.randrange(len(self._loads)))
                     moved = True
-            if not moved:
-                if not self._loads:
-                    raise Deadlock(f"{', '.join(live)} of program {self._number}")
+            if not moved and self._loads:
                 self._deliver(0)
+                moved = True
+            yield moved
 
     def _deliver(self, which):
         memory, block, barrier, size = self._loads.pop(which)
@@ -477,7 +534,31 @@ class Machine:
     def tt_store(self, op, partition, pointer, value, mask=True):
         mask = np.broadcast_to(mask, pointer.places.shape)
         value = np.broadcast_to(_plain(value), mask.shape)
-        pointer.memory.store(pointer.places[mask], value[mask], self._number)
+        pointer.memory.store(pointer.places[mask], value[mask], self._number, self._tick())
+
+    def _tick(self):
+        self._now += 1
+        return self._now
+
+    def gpu_barrier(self, op, partition):
+        self._barrier_at[partition] = self._tick()
+
+    ttg_barrier = gpu_barrier  # its name in triton 3.9
+
+    def tt_elementwise_inline_asm(self, op, partition, value):
+        assert re.match(r' "fence\.proxy\.async\.global; mov\.b32 \$0, \$1;"', op.text), "unknown assembly"
+        self._fence_at[partition] = self._tick()
+        return value
+
+    def tt_atomic_rmw(self, op, partition, pointer, value, needed):
+        assert needed, "not needed"
+        kind, order, scope = (part.strip() for part in op.text.split(",")[:3])
+        assert (kind, scope) == ("add", "gpu"), "another atomic operation"
+        place = np.int64(pointer.places)
+        if order == "release":
+            until = min(self._barrier_at[partition], self._fence_at[partition])
+            pointer.memory.release(place, self._number, until)
+        return np.int32(pointer.memory.add(place, value))
 
     def ttg_async_copy_global_to_local(self, op, partition, pointer, view, mask=True, other=np.nan):
         view.memory.write(np.nan)
@@ -494,9 +575,11 @@ class Machine:
     def ttg_local_alloc(self, op, partition, value=None):
         if "xi64" in op.text:
             return [Barrier() for _ in range(op.shape[0])]
-        allocation = [Shared(op.shape[-2:]) for _ in range(math.prod(op.shape[:-2]))]
+        several = len(op.shape) > 2 or op.shape[-1] == 1
+        shape = op.shape[1:] if several else op.shape
+        allocation = [Shared(shape) for _ in range(op.shape[0] if several else 1)]
         self._buffers += allocation
-        if len(op.shape) > 2:
+        if several:
             return allocation
         if value is not None:
             allocation[0].write(_plain(value))
@@ -537,6 +620,7 @@ class Machine:
     ):
         if needed:
             view.memory.write(np.nan)
+            descriptor.check_visible((row, column), self._seen)
             size = descriptor.matrix.element_size() * math.prod(descriptor.shape)
             self._loads.append((view.memory, descriptor.read((row, column)), barrier, size))
 
@@ -554,12 +638,14 @@ class Machine:
         before = c if isinstance(c, Accumulator) else Accumulator(c)
         if not accumulates:
             before = Accumulator(np.zeros_like(_plain(c)))
-        product = Accumulator(before.value, (*before.pending, Reading(a, b)))
-        return product if "isAsync = true" in op.text else product.finish(0)
+        number = self._products[partition]
+        self._products[partition] += 1
+        product = Accumulator(before.value, (*before.pending, (number, Reading(a, b))))
+        return product if "isAsync = true" in op.text else product.finish(number + 1)
 
     def ttng_warp_group_dot_wait(self, op, partition, *waited):
-        left = op.number("pendings")
-        results = [value.finish(left) if isinstance(value, Accumulator) else value for value in waited]
+        until = self._products[partition] - op.number("pendings")
+        results = [value.finish(until) if isinstance(value, Accumulator) else value for value in waited]
         return results if len(op.results) > 1 else results[0]
 
 
@@ -594,10 +680,27 @@ def run(ttgir: str, grid: tuple[int, ...], arguments: dict[str, Any], seed: int 
         elif value is not None:
             assert divisor == 1 or value % divisor == 0, f"{name} = {value} is not the multiple promised"
             values[name] = TYPES[kind.split()[0]](value)
+    for value in values.values():
+        if isinstance(value, Descriptor):
+            value.storage = storages.get(value.matrix.untyped_storage().data_ptr())
     grid = (*grid, 1, 1)[:3]
     rng = random.Random(seed)
     places = list(itertools.product(*map(range, grid)))
     rng.shuffle(places)
+    at_once = rng.choice((1, 2, 8)) if "tt.atomic_rmw" in ttgir else 1
+    live: list[Steps] = []
+    waiting: set[Steps] = set()
     with np.errstate(all="ignore"):
-        for place in places:
-            Machine(place, grid, rng).run(ops, values)
+        while places or live:
+            while places and len(live) < at_once:
+                live.append(Machine(places.pop(), grid, rng).run(ops, values))
+            program = rng.choice(live)
+            for _ in range(rng.choice((1, 20, 400))):
+                moved = next(program, None)
+                if moved is None:
+                    live.remove(program)
+                waiting = waiting | {program} if moved is False else set()
+                if not moved:
+                    break
+            if live and len(waiting) == len(live):
+                raise Deadlock("every program that runs")
