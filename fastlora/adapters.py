@@ -6,6 +6,7 @@ PEFT's ``lora_A.weight`` is our B, its ``lora_B.weight`` our A, and its scaling,
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -32,16 +33,19 @@ from fastlora.surgery import (
     ORIGINAL,
     LayerSpec,
     adapter_parameters,
+    check_current,
     check_enabled,
     check_not_parallel,
     check_own,
     check_state,
     check_unmerged,
     check_values,
+    check_writable,
     fully_sharded,
     prepare,
     require_layers,
     saved_tensors,
+    unwritable,
     uses_original,
 )
 from fastlora.targets import (
@@ -122,6 +126,20 @@ _WITHOUT_EFFECT = (
     "revision",
     "runtime_config",
 )
+# What PEFT calls the children of the layers that it adapts.
+_PEFT_CHILDREN = (
+    *(
+        "base_layer",
+        "lora_dropout",
+        "lora_dropout.default",
+        "lora_A",
+        "lora_A.default",
+        "lora_B",
+        "lora_B.default",
+    ),
+    *("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -142,26 +160,27 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the adapters and saved modules of a model in PEFT's format.
 
     ``PeftModel.from_pretrained(base, directory)`` gives the same outputs; a warning says where PEFT cannot
-    (dense layers of a mixture of experts that PEFT takes for the experts), and another which parameters are
-    trained but not saved, as they belong to neither an adapter nor a module to save. A merged layer's adapter
-    is saved like any other. If layers differ in dropout, which matters only in training, the most common
-    value is written. If the save is interrupted at any point, the directory holds either the old adapter or
-    the new one, complete; other files in it are kept. (Where the system cannot swap two directories in one
-    step, a save that changes the config leaves a moment without it: outside Linux, both adapters are then
-    complete next to the directory; if the directory is a mount point or its parent is not writable, only the
-    weights are there.) If several processes hold the model, let one of them save, except that sharded
-    parameters (DTensors, as made by FSDP2) are gathered, so every process has to call this and writes the
-    same. Name parts added by ``torch.compile``, checkpoint wrappers, data-parallel training and
-    ``AveragedModel`` are omitted. PEFT matches the ends of names: ``modules_to_save=["classifier"]`` selects
-    a ``pre_classifier`` too, so its values are also written.
+    (dense layers of a mixture of experts that PEFT takes for the experts, containers to save), and another
+    which parameters are trained but not saved, as they belong to neither an adapter nor a module to save. A
+    merged layer's adapter is saved like any other. If layers differ in dropout, which matters only in
+    training, the most common value is written. If the save is interrupted at any point, the directory holds
+    either the old adapter or the new one, complete; other files in it are kept. (Where the system cannot swap
+    two directories in one step, a save that changes the config leaves a moment without it: outside Linux,
+    both adapters are then complete next to the directory; if the directory is a mount point or its parent is
+    not writable, only the weights are there.) If several processes hold the model, let one of them save,
+    except that sharded parameters (DTensors, as made by FSDP2) are gathered, so every process has to call
+    this and writes the same. Name parts added by ``torch.compile`` and checkpoint wrappers are omitted, as
+    are data-parallel training and ``AveragedModel`` around the whole model. PEFT matches the ends of names:
+    ``modules_to_save=["classifier"]`` selects a ``pre_classifier`` too, so its values are also written.
 
     Args:
         model: with at least one adapted layer. directory: created if it does not exist.
 
     Raises:
         ValueError: no adapted layer, or the model itself is one; inside ``disable_adapter``, if the model has
-            saved modules; names that PEFT's matching could not tell apart; tensors on the meta device.
-            Nothing is written.
+            saved modules; names that PEFT's matching could not tell apart; tensors on the meta device;
+            adapters that a hook computes (pruning); data-parallel training or averaging of a part of the
+            model. Nothing is written.
         ImportError: the safetensors package is missing.
         OSError: the files cannot be written; an existing adapter is left unchanged.
     """
@@ -169,8 +188,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     check_model(model, "save_adapter")
     model = _unwrapped(model)
     layers = require_layers(model, "save_adapter")
+    _check_parts(model)
     if any(uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("save_adapter: inside disable_adapter the saved modules hold original values")
+    check_current(layers, "save_adapter")
     config = _config_of(model, layers)
     own = _file_tensors(model) | _tensors_of(_also_saved(model))
     check_values(own, "save_adapter")
@@ -222,8 +243,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     Raises:
         ValueError: a feature other than plain LoRA linear layers, a target that is not one, missing,
             unexpected or misshapen tensors, adapted layers that the file does not cover, a merged layer,
-            parameters on the meta device; new parameters in a model that DistributedDataParallel or
-            fully_shard has wrapped. All are named, and the model is left unchanged.
+            parameters on the meta device or made in inference mode; new parameters in a model that
+            DistributedDataParallel or fully_shard has wrapped. All are named, and the model is left
+            unchanged.
         FileNotFoundError: the directory holds no adapter.
         ImportError: the safetensors package is missing.
     """
@@ -245,7 +267,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     _check_coverage(model, layers, targets, saved)
     new = {path: module for path, module in targets.items() if path not in layers}
     ranks = {path: config.rank_of(_file_path(path)) for path in layers}
-    resized = {path: rank for path, rank in ranks.items() if rank != layers[path].rank}
+    resized = {
+        path: rank
+        for path, rank in ranks.items()
+        if rank != layers[path].rank or unwritable(layers[path].A) or unwritable(layers[path].B)
+    }
     if new.keys() | resized.keys() | (saved.keys() - saved_modules(model).keys()):
         check_not_parallel(given, "load_adapter")
     if resized and fully_sharded(model):
@@ -255,22 +281,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         )
     check_adaptable(model, new, "load_adapter", called=False)
     _check_tensors(config, targets, {**own_saved, **base, **_at(originals)}, state)
-    own = {path: module.weight for path, module in targets.items()}
-    for path in layers.keys() - resized.keys():
-        own |= {f"{path}.A": layers[path].A, f"{path}.B": layers[path].B}
-    check_values({**own, **own_saved}, "load_adapter")
+    check_values({path: module.weight for path, module in targets.items()} | own_saved, "load_adapter")
+    kept = {
+        f"{path}.{name}": getattr(layers[path], name)
+        for path in layers.keys() - resized.keys()
+        for name in "AB"
+    }
+    check_writable({**kept, **base, **_tensors_of(saved_modules(model))}, "load_adapter")
     # Allocations may fail, so they precede any change.
     adapters = {path: _empty_adapter(layers[path], rank) for path, rank in resized.items()}
-    prepare(
+    warning = prepare(
         model, {path: config.layer_spec(path, m, state) for path, m in new.items()}, saved, "load_adapter"
     )
-    idle = [path for path in new if why_never_called(model, path)]
-    if idle:
-        warnings.warn(
-            f"load_adapter: the model may read the weights of {listing(idle)} without calling them; as in "
-            "PEFT, their adapters then do nothing until they are merged",
-            stacklevel=2,
-        )
     for path, layer in adapted_layers(model).items():
         if path in adapters:
             layer.A, layer.B = adapters[path]
@@ -283,6 +305,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     with torch.no_grad():
         for name, tensor in {**base, **_file_tensors(model)}.items():
             tensor.copy_(sharded_like(tensor, state[name]))
+    # Last, as a warning may be an error.
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    idle = [path for path in new if why_never_called(model, path)]
+    if idle:
+        warnings.warn(
+            f"load_adapter: the model may read the weights of {listing(idle)} without calling them; as in "
+            "PEFT, their adapters then do nothing until they are merged",
+            stacklevel=2,
+        )
     return given
 
 
@@ -333,14 +365,29 @@ def _file_path(path: str) -> str:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model inside the wrappers of compilation, data-parallel training and weight averaging."""
+    """The model inside the wrappers of compilation, checkpoints, data-parallel training and averaging."""
     while True:
-        if _COMPILED in model._modules:
-            model = model._modules[_COMPILED]
+        only = next(iter(model._modules)) if len(model._modules) == 1 else None
+        if only in _WRAPPED:
+            model = model._modules[only]
         elif isinstance(model, (*DATA_PARALLEL, AveragedModel)):
             model = model.module
         else:
             return model
+
+
+def _check_parts(model: nn.Module) -> None:
+    """ValueError where a wrapper that names in files do not omit is around an adapted or saved part."""
+    parts = [
+        path
+        for path, m in model.named_modules()
+        if isinstance(m, (*DATA_PARALLEL, AveragedModel)) and (adapted_layers(m) or saved_modules(m))
+    ]
+    if parts:
+        raise ValueError(
+            f"save_adapter: {listing(parts)} wraps a part of the model for data-parallel training or "
+            "averaging, so names in the file would not be the model's; unwrap it, or wrap the whole model"
+        )
 
 
 def _file_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, str, nn.Module]]:
@@ -505,6 +552,20 @@ def _check_names(model: nn.Module) -> None:
             f"save_adapter: PEFT compares the ends of names and would also save {listing(overlapping)}, in "
             f"or around what is adapted or saved, for {listing(list(saved))}; rename one"
         )
+    own_names = tuple(map(_file_path, saved))
+    inner = [name for name in _PEFT_CHILDREN if name.endswith(own_names)]
+    if inner:
+        raise ValueError(
+            f"save_adapter: PEFT compares the ends of names and would also save {listing(inner)} of its own "
+            f"layers, for {listing(list(saved))}; rename the module"
+        )
+    containers = [path for path, module in saved.items() if isinstance(module, _CONTAINERS)]
+    if containers:
+        warnings.warn(
+            f"save_adapter: PEFT does not save containers such as {listing(containers)} as a whole, so "
+            "PeftModel.from_pretrained refuses the file; name their children in modules_to_save instead",
+            stacklevel=4,
+        )
     tied = [", ".join(names) for m, names in all_paths(model).items() if _is_adapted(m) and len(names) > 1]
     if tied:
         warnings.warn(
@@ -554,10 +615,20 @@ def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
         return None  # which PEFT's model of this task reads
     if task == "QUESTION_ANS" and not hasattr(model, "qa_outputs"):
         return None  # a model that generates its answers
-    if task == "SEQ_2_SEQ_LM" and getattr(model, "main_input_name", "input_ids") != "input_ids":
-        return None  # PEFT's forward for this task passes input_ids, which speech models do not accept.
+    if task is not None and not _takes_peft_arguments(model):
+        return None
     heads = _ending_in(model, (*saved, *_TASK_HEADS.get(task or "", ())))
     return task if heads == set(saved_modules(model).values()) else None
+
+
+def _takes_peft_arguments(model: nn.Module) -> bool:
+    """Whether a model accepts what PEFT's forward for a task passes; speech models do not, for example."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return False
+    parameters = inspect.signature(model.forward).parameters
+    passed = {"input_ids", "attention_mask", "inputs_embeds"}
+    passed |= {"output_attentions", "output_hidden_states", "return_dict"}
+    return passed <= parameters.keys() or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _read_adapter(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -700,7 +771,8 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         raise ValueError(f"load_adapter: {path} cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"load_adapter: {path} holds a {type(state).__name__}, expected named tensors")
-    return state
+    # PEFT keeps the names of the wrappers inside the model that it was given.
+    return {_file_path(name) if isinstance(name, str) else name: tensor for name, tensor in state.items()}
 
 
 def _load_pickled(path: Path) -> object:

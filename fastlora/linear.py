@@ -58,9 +58,12 @@ def _rebind_load_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def _copy_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Copy attributes that others have set on a module, such as a library's own markers."""
+    """Copy attributes that others have set on a module, such as a library's own markers.
+
+    Not the compiled call that ``source.compile()`` leaves there, which would go on calling ``source``.
+    """
     for name, value in vars(source).items():
-        if name not in vars(target) and name not in _OWN_ATTRIBUTES:
+        if name not in vars(target) and name not in (*_OWN_ATTRIBUTES, "_compiled_call_impl"):
             vars(target)[name] = value
 
 
@@ -168,7 +171,8 @@ class FusedLoRALinear(nn.Linear):
     ) -> FusedLoRALinear:
         """Adapt an existing layer, sharing its weight and bias (no copy) and freezing them.
 
-        The new layer takes over the training mode, hooks, extra attributes, buffers and the like.
+        The new layer takes over the training mode, hooks, extra attributes, buffers and the like. If
+        ``linear.compile()`` was called, call it on the new layer again.
 
         Raises:
             TypeError: ``linear`` is not exactly an ``nn.Linear`` (a subclass may compute something else, or
@@ -331,13 +335,24 @@ class FusedLoRALinear(nn.Linear):
         return merged
 
     def _check_values(self, name: str) -> None:
-        """Raise a ValueError prefixed with ``name`` if weight, A or B is on the meta device."""
+        """Raise a ValueError prefixed with ``name`` if weight, A or B is without values or out of date."""
         unknown = [each for each in ("weight", "A", "B") if getattr(self, each).is_meta]
         if unknown:
             raise ValueError(
                 f"{name}: {', '.join(unknown)} on the meta device, offloaded (by accelerate, say) or not "
                 "loaded yet; load the values first"
             )
+        stale = self._stale_adapters()
+        if stale:
+            raise ValueError(
+                f"{name}: a hook (of pruning, say) computes {', '.join(stale)} in each forward pass, so that "
+                "the values may be out of date; remove it first"
+            )
+
+    def _stale_adapters(self) -> list[str]:
+        """Which of A and B are neither parameters nor parametrized, but what a hook has left there."""
+        computed: Any = self._modules.get("parametrizations") or ()
+        return [name for name in ("A", "B") if name not in self._parameters and name not in computed]
 
     def _check_plain_weight(self, name: str) -> None:
         """Raise a ValueError prefixed with ``name`` if the weight cannot hold the update."""
@@ -363,7 +378,8 @@ class FusedLoRALinear(nn.Linear):
             ValueError: another module shares the weight (tied embeddings), as found by ``apply_lora`` or
                 ``load_adapter`` (``from_linear`` sees no model); a parametrization computes it; it was
                 quantized after the layer was made; the sum is not finite; inside ``disable_adapter``; values
-                on the meta device, as in an offloaded model. The weight is left unchanged.
+                on the meta device, as in an offloaded model; a hook computes A or B (pruning). The weight is
+                left unchanged.
         """
         if self.merged:
             return
@@ -402,7 +418,8 @@ class FusedLoRALinear(nn.Linear):
         attributes, buffers and the like are this layer's.
 
         Raises:
-            ValueError: the weight with the update is not finite, or its values are on the meta device.
+            ValueError: the weight with the update is not finite; values on the meta device; a hook computes A
+                or B (pruning).
         """
         weight = (
             self.weight

@@ -75,11 +75,11 @@ def apply_lora(
         model: any module; changed in place.
         target_modules: matched as in PEFT. Several names: each selects the modules with exactly that name or
             a name that ends in ``.name``. A string: a regular expression that must match the whole name.
-            ``"all-linear"``: every module that is exactly an ``nn.Linear`` (no subclasses) except the output
-            head, which is what the model's ``get_output_embeddings()`` returns or else the first of its
-            direct children lm_head, score, classifier, qa_outputs and head. Modules inside
-            ``modules_to_save`` are excluded, as are layers whose weight a transformers model is known to read
-            without calling them.
+            ``"all-linear"``: every module that is exactly an ``nn.Linear`` (no subclasses), none of them
+            adapted already, except the output head, which is what the model's ``get_output_embeddings()``
+            returns or else the first of its direct children lm_head, score, classifier, qa_outputs and head.
+            Modules inside ``modules_to_save`` are excluded, as are layers whose weight a transformers model
+            is known to read without calling them.
         rank: R of every adapter. alpha: the multiplier of the update (PEFT's ``lora_alpha / r``).
         dropout: probability in [0, 1] of dropping an element of the update's input in training.
         adapter_dtype: dtype of A and B; None means that of the layer's weight.
@@ -113,9 +113,10 @@ def apply_lora(
     names = () if modules_to_save is None else checked_names(modules_to_save, "modules_to_save")
     saved = find_saved(model, names)
     targets = find_targets(model, target_modules, saved)
-    prepare(
-        model, dict.fromkeys(targets, LayerSpec(rank, alpha, dropout, adapter_dtype)), saved, "apply_lora"
-    )
+    spec = LayerSpec(rank, alpha, dropout, adapter_dtype)
+    warning = prepare(model, dict.fromkeys(targets, spec), saved, "apply_lora")
+    if warning:
+        warnings.warn(warning, stacklevel=2)
     return model
 
 
@@ -156,11 +157,16 @@ def check_unmerged(layers: Mapping[str, FusedLoRALinear], function: str) -> None
         raise ValueError(f"{function}: {listing(merged)} merged: call unmerge() first")
 
 
-def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[str], function: str) -> None:
+def prepare(
+    model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[str], function: str
+) -> str | None:
     """Replace layers, freeze the rest and mark the modules to save; all names have been checked.
 
     Everything that can fail, above all allocation, happens before the first lasting change. Error messages
     start with ``function``.
+
+    Returns:
+        What to warn of when all is done (a warning may be an error).
 
     Raises:
         ValueError: a parameter of a lazy module, which cannot be frozen before it has a shape; trainable PEFT
@@ -186,7 +192,7 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
             replacements[modules[path]] = FusedLoRALinear.from_linear(
                 modules[path], spec.rank, spec.alpha, spec.dropout, spec.adapter_dtype
             )
-        split = [change for root in roots for change in _split_saved(model, root)]
+        split = {root: _split_saved(model, root) for root in roots}
     except BaseException:
         for parameter, trainable in was_trainable.items():
             parameter.requires_grad_(trainable)
@@ -194,11 +200,9 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
             _remove_own_hook(modules[path])
         raise
     _swap(model, replacements)
-    own = {root: list(root.parameters()) for root in roots}
-    for change in split:
-        change()
-    untied = [r for r in roots if any(a is not b for a, b in zip(own[r], r.parameters(), strict=True))]
     for root in roots:
+        for change in split[root].changes:
+            change()
         root._saved_with_adapter = True
     _freeze(model, roots)
     for encoder in adapted_encoders(model):
@@ -209,18 +213,16 @@ def prepare(model: nn.Module, specs: Mapping[str, LayerSpec], saved: Iterable[st
     shared = _shared_weights(model)
     for layer in replacements.values():
         layer._weight_shared_with = shared.get(layer, ())
-    if untied:
-        paths = [path for path, root in saved_modules(model).items() if root in untied]
-        # Frameworks call tie_weights() too, accelerate when it prepares a model for FSDP2 for example.
-        if _untie_config(model) == "untied":
-            note = "config.tie_word_embeddings is False now, so that tie_weights() does not undo that"
-        else:
-            note = "tie_weights() would undo that"
-        warnings.warn(
-            f"{listing(paths)} shared a weight with another module and now has its own copy, to be trained; "
-            f"{note}",
-            stacklevel=3,
-        )
+    untied = [path for path, m in saved_modules(model).items() if m in split and split[m].unties]
+    if not untied:
+        return None
+    # Frameworks call tie_weights() too, accelerate when it prepares a model for FSDP2 for example.
+    if _untie_config(model) == "untied":
+        note = "config.tie_word_embeddings is False now, so that tie_weights() does not undo that"
+    else:
+        note = "tie_weights() would undo that"
+    names = listing(untied)
+    return f"{names} shared a weight with another module and now has its own copy, to be trained; {note}"
 
 
 def _is_trained_by_peft(module: Any) -> bool:
@@ -265,6 +267,9 @@ def adapter_parameters(model: nn.Module) -> set[Tensor]:
         computed: Any = layer.parametrizations if is_parametrized(layer) else {}
         for name in computed.keys() & {"A", "B"}:
             found.update(computed[name].parameters())
+        # From which the hooks of torch.nn.utils.prune and weight_norm compute them: A_orig, A_g and the like.
+        own = layer._parameters.items()
+        found.update(p for name, p in own if name.startswith(("A_", "B_")) and p is not None)
     found.update(p for root in saved_modules(model).values() for p in root.parameters())
     return found
 
@@ -274,23 +279,43 @@ def adapted_encoders(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and adapted_layers(m)]
 
 
-def _split_saved(model: nn.Module, root: nn.Module) -> Iterator[Callable[[], None]]:
-    """Yield the changes that give a module to save its own trainable tensors and keep the original values.
+@dataclass(frozen=True)
+class _Split:
+    """The changes that give a module to save its own tensors; whether another module shared one of them."""
+
+    changes: Sequence[Callable[[], None]]
+    unties: bool
+
+
+def _split_saved(model: nn.Module, root: nn.Module) -> _Split:
+    """How to give a module to save its own trainable tensors and keep the original values.
 
     PEFT trains a copy of the whole module. Here the tensors stay, and with them optimizers and names, except
-    for a parameter that shares memory with another module, which training it would change.
+    for a parameter that shares memory with another module, which training it would change, and for tensors
+    made in inference mode, which cannot be trained.
     """
     inside = dict.fromkeys(root.modules())
     outside = [_memory(tensor) for m in model.modules() if m not in inside for _, tensor in _own_tensors(m)]
-    copies: dict[Tensor, nn.Parameter] = {}
+    copies: dict[Tensor, Tensor] = {}
+    changes, unties = [], False
     for module in inside:
         for name, tensor in saved_tensors(module):
             original = tensor.detach()
-            if not isinstance(tensor, nn.Parameter) or not _overlaps(_memory(tensor), outside):
+            shared = isinstance(tensor, nn.Parameter) and _overlaps(_memory(tensor), outside)
+            unties |= shared
+            if not shared and not unwritable(tensor):
                 original = original.clone()
             elif tensor not in copies:
-                copies[tensor] = nn.Parameter(original.clone(), tensor.requires_grad)
-            yield partial(_keep_original, module, name, original, copies.get(tensor))
+                copy = original.clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                copies[tensor] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+            changes.append(partial(_keep_original, module, name, original, copies.get(tensor)))
+    return _Split(changes, unties)
+
+
+def unwritable(tensor: Tensor) -> bool:
+    """Whether PyTorch refuses to change the tensor here: one made in inference mode, outside of it."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -303,7 +328,7 @@ def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _keep_original(module: nn.Module, name: str, original: Tensor, own: nn.Parameter | None) -> None:
+def _keep_original(module: nn.Module, name: str, original: Tensor, own: Tensor | None) -> None:
     if own is not None:
         setattr(module, name, own)
     # A meta tensor has no values to restore; disable_adapter reports that.
@@ -425,30 +450,33 @@ def merge_lora(model: nn.Module) -> nn.Module:
         if hasattr(encoder, "_used_nested_tensor"):
             encoder.use_nested_tensor = encoder._used_nested_tensor
             del encoder._used_nested_tensor
-    _keep_untied(model)
+    warning = _keep_untied(model)
     for root in saved_modules(model).values():
         del root._saved_with_adapter
         for module in root.modules():
             for name in [name for name in module._buffers if name.startswith(ORIGINAL)]:
                 delattr(module, name)
-    return ungroup_projections(model)
+    ungroup_projections(model)
+    if warning:  # last, as it may be an error
+        warnings.warn(warning, stacklevel=2)
+    return model
 
 
-def _keep_untied(model: nn.Module) -> None:
-    """Tell transformers, or else the user, that modules_to_save untied the embeddings of a merged model."""
+def _keep_untied(model: nn.Module) -> str | None:
+    """Tell transformers that modules_to_save untied the embeddings of a merged model; what to warn of."""
     untied = (
         "merge_lora: the input embedding and the head no longer share a weight, because modules_to_save "
         "untied them"
     )
     state = _untie_config(model)
     if state == "untied":
-        warnings.warn(f"{untied}, so config.tie_word_embeddings is False now", stacklevel=3)
-    elif state == "kept":
-        warnings.warn(
+        return f"{untied}, so config.tie_word_embeddings is False now"
+    if state == "kept":
+        return (
             f"{untied}. config.tie_word_embeddings stays True, as an encoder-decoder may depend on it; "
-            "check that a saved model loads as it was (transformers before 5 would tie the two again)",
-            stacklevel=3,
+            "check that a saved model loads as it was (transformers before 5 would tie the two again)"
         )
+    return None
 
 
 def _untie_config(model: nn.Module) -> Literal["untied", "kept"] | None:
@@ -498,11 +526,31 @@ def _public(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in HIDDEN_NAMES)
 
 
+def check_current(layers: Mapping[str, FusedLoRALinear], function: str) -> None:
+    """Raise ValueError for adapters that a hook computes in each forward pass: values may be out of date."""
+    stale = [path for path, layer in layers.items() if layer._stale_adapters()]
+    if stale:
+        raise ValueError(
+            f"{function}: hooks (of pruning, say) compute the adapters of {listing(stale)} in each forward "
+            "pass, so that the values may be out of date; remove them first"
+        )
+
+
 def check_values(tensors: Mapping[str, Tensor], function: str) -> None:
     """Raise ValueError naming the tensors that have no values to save or no memory to load into."""
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"{function}: {listing(meta)} on the meta device; give the model its values first")
+
+
+def check_writable(tensors: Mapping[str, Tensor], function: str) -> None:
+    """Raise ValueError naming the tensors that cannot be copied into."""
+    check_values(tensors, function)
+    fixed = [name for name, tensor in tensors.items() if unwritable(tensor)]
+    if fixed:
+        raise ValueError(
+            f"{function}: {listing(fixed)} were made in inference mode, outside of which they cannot change"
+        )
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -532,10 +580,11 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ValueError: no adapted layer; inside ``disable_adapter``, if the model has saved modules; tensors on
-            the meta device.
+            the meta device; adapters that a hook computes (pruning).
         TypeError: ``model`` is not a module.
     """
     layers = require_layers(model, "adapter_state_dict")
+    check_current(layers, "adapter_state_dict")
     if any(uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("adapter_state_dict: inside disable_adapter the saved modules hold original values")
     tensors = adapter_tensors(model)
@@ -559,8 +608,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
 
     Raises:
         ValueError: missing or unexpected names, tensors of another shape or on the meta device (in the state
-            or the model), an alpha that is not a finite number, a merged layer; inside ``disable_adapter``.
-            Nothing is copied.
+            or the model), tensors of the model made in inference mode, an alpha that is not a finite number,
+            a merged layer; inside ``disable_adapter``. Nothing is copied.
         TypeError: ``model`` is not a module, or ``state`` is not a mapping.
     """
     layers = require_layers(model, "load_adapter_state_dict")
@@ -571,9 +620,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     check_own(layers, "load_adapter_state_dict")
     tensors = adapter_tensors(model)
     check_state({name: t.shape for name, t in tensors.items()}, state, "load_adapter_state_dict")
-    unreal = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if unreal:
-        raise ValueError(f"load_adapter_state_dict: the model's {listing(unreal)} are on the meta device")
+    check_writable(tensors, "load_adapter_state_dict")
     metadata = getattr(state, "_metadata", None) or {}
     alphas = {path: metadata.get(_public(path), {}).get(_ALPHA, m.alpha) for path, m in layers.items()}
     for path, alpha in alphas.items():

@@ -17,7 +17,7 @@ from fastlora.linear import FusedLoRALinear, why_unusable
 ALL_LINEAR = "all-linear"
 # Names of the head in transformers and plain PyTorch models without get_output_embeddings().
 _HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "head")
-# Layers, by the last part of their names, whose weight a transformers model of these types reads without
+# Layers, by the last parts of their names, whose weight a transformers model of these types reads without
 # calling the layer, always or in its CUDA kernels. PEFT refuses out_proj in the first five.
 _NEVER_CALLED = {
     "out_proj": (
@@ -25,6 +25,8 @@ _NEVER_CALLED = {
         *("bamba", "granitemoehybrid", "wavlm", "zamba2"),
     ),
     "dt_proj": ("falcon_mamba", "jamba", "mamba"),
+    "predictions.dense": ("mobilebert",),
+    "bbox_attention.k_proj": ("detr", "conditional_detr"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("wavlm",)),
     **dict.fromkeys(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), ("layoutlmv3",)),
 }
@@ -294,7 +296,7 @@ def _why_not_adaptable(model: nn.Module, path: str, module: Any) -> str | None:
 
 def why_never_called(model: nn.Module, path: str) -> str | None:
     """Why an adapter on the layer called ``path`` would do nothing until it is merged, None if it would."""
-    types = _NEVER_CALLED.get(path.rpartition(".")[2])
+    types = [kind for name, kinds in _NEVER_CALLED.items() if matches((name,), path) for kind in kinds]
     if not types:
         return None
     above = [getattr(getattr(m, "config", None), "model_type", None) for m in _ancestors(model, path)]

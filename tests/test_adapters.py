@@ -490,6 +490,37 @@ class TestRefusesToSave:
         fastlora.apply_lora(model, ["axb"], modules_to_save=["a.b"])
         self.refuses(model, tmp_path, "axb")
 
+    @pytest.mark.parametrize("name", ["layer", "B", "default"])
+    def test_names_that_end_those_of_pefts_own_children(self, name, tmp_path):
+        model = Net()
+        model.add_module(name, model.head)
+        del model.head
+        fastlora.apply_lora(model, ["up"], modules_to_save=[name])
+        self.refuses(model, tmp_path, f"of its own layers, for {name}; rename")
+
+    def test_a_part_that_is_wrapped(self, tmp_path):
+        model = fastlora.apply_lora(Net(), ["up"])
+        model.blocks = torch.optim.swa_utils.AveragedModel(model.blocks)
+        self.refuses(model, tmp_path, "blocks wraps a part of the model")
+        model.blocks = model.blocks.module
+        model.norm = torch.optim.swa_utils.AveragedModel(model.norm)  # has no adapter
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fastlora.save_adapter(model, tmp_path)
+
+    def test_a_container_warns(self, tmp_path):
+        model = Net()
+        model.heads = nn.ModuleList([nn.Linear(8, 2)])
+        shake(fastlora.apply_lora(model, ["up"], modules_to_save=["heads"]))
+        with pytest.warns(UserWarning, match="does not save containers such as heads as a whole"):
+            fastlora.save_adapter(model, tmp_path)
+        again = Net()
+        again.heads = nn.ModuleList([nn.Linear(8, 2)])
+        with pytest.raises(TypeError, match="ModuleList"):
+            PeftModel.from_pretrained(copy.deepcopy(again), tmp_path)
+        fastlora.load_adapter(again, tmp_path)
+        assert torch.equal(again.heads[0].weight, model.heads[0].weight)
+
     def test_a_missing_safetensors(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
         model = fastlora.apply_lora(Net(), ["up"])
@@ -993,6 +1024,21 @@ class TestRefusesToLoad:
         setattr(model.blocks[1]["up"], name, nn.Parameter(getattr(model.blocks[1]["up"], name).to("meta")))
         refuses_to_load(model, directory, rf"blocks\.1\.up\.{name}.*meta device")
 
+    def test_embeddings_without_memory(self, tmp_path):
+        """Offloaded by accelerate, say: values copied into them would be lost."""
+        tied_llama(False).save_pretrained(tmp_path / "hub")
+
+        def resized():
+            model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+            model.resize_token_embeddings(51, mean_resizing=False)
+            return model.eval()
+
+        stock = get_peft_model(resized(), LoraConfig(**lora(target_modules=QV)))
+        shake(stock).save_pretrained(tmp_path / "adapter")
+        model = resized()
+        model.model.embed_tokens.to("meta")
+        refuses_to_load(model, tmp_path / "adapter", r"embed_tokens\.weight on the meta device")
+
     def test_another_rank_of_a_wrapped_model(self, directory, tmp_path, one_process):
         """The wrappers manage the parameters that they were called with."""
         from torch.distributed.fsdp import fully_shard
@@ -1122,6 +1168,45 @@ class TestLoading:
             assert torch.equal(outputs(fastlora.load_adapter(model, directory)), second)
         assert all(p is kept[n] for n, p in model.named_parameters())
 
+    def test_adapters_made_in_inference_mode(self, directory, tmp_path):
+        """PyTorch does not let them change outside of it: they get new parameters, as with another rank."""
+        fastlora.save_adapter(prepared(), tmp_path)
+        model = make("net")
+        with torch.inference_mode():
+            fastlora.load_adapter(model, directory)
+        assert model.blocks[0]["up"].A.is_inference()
+        fastlora.load_adapter(model, tmp_path)
+        assert same_outputs(model, fastlora.load_adapter(make("net"), tmp_path))
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+
+    def test_what_cannot_change_outside_inference_mode(self, directory):
+        state = fastlora.adapter_state_dict(prepared())
+        model = make("net")
+        with torch.inference_mode():
+            fastlora.load_adapter(model, directory)
+        before = outputs(model)
+        with pytest.raises(ValueError, match=r"blocks\.\{0..1\}\.up\.A.* were made in inference mode"):
+            fastlora.load_adapter_state_dict(model, state)
+        assert torch.equal(outputs(model), before)
+
+    def test_a_warning_that_is_an_error_comes_last(self, tmp_path):
+        model = fastlora.apply_lora(tied_llama(True), QV, rank=2, alpha=0.5, modules_to_save=["lm_head"])
+        fastlora.save_adapter(shake(model), tmp_path)
+        other = tied_llama(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="lm_head shared"):
+                fastlora.load_adapter(other, tmp_path)
+        for name, tensor in fastlora.adapter_state_dict(other).items():
+            assert torch.equal(tensor, fastlora.adapter_state_dict(model)[name]), name
+
+    def test_peft_around_a_compiled_model(self, tmp_path):
+        """Its file keeps the wrapper's name; PEFT reads it only into a model compiled alike."""
+        stock = get_peft_model(torch.compile(make("net")), LoraConfig(**lora(target_modules=["up"])))
+        shake(stock).eval().save_pretrained(tmp_path)
+        assert any("_orig_mod" in name for name in load_file(tmp_path / WEIGHTS))
+        assert_same_outputs(fastlora.load_adapter(make("net"), tmp_path), stock)
+
     def test_switching_in_memory(self, directory, tmp_path):
         model = fastlora.load_adapter(make("net"), directory)
         states, results = [], []
@@ -1209,6 +1294,21 @@ class TestLoading:
         fastlora.save_adapter(model, tmp_path / "speech")
         kinds = [json.loads((tmp_path / n / CONFIG).read_text())["task_type"] for n in ("text", "speech")]
         assert kinds == ["SEQ_2_SEQ_LM", None]
+
+    @pytest.mark.parametrize("arguments", ["input_ids, attention_mask=None, labels=None", "**batch"])
+    def test_a_model_that_does_not_take_what_peft_passes_has_no_task(self, arguments, tmp_path):
+        model = make("bert")
+        forward = model.forward
+        names = {"forward": forward}
+        call = (
+            "**batch" if "batch" in arguments else "input_ids, attention_mask=attention_mask, labels=labels"
+        )
+        exec(f"def own(self, {arguments}): return forward({call})", names)
+        kind = type("MyForSequenceClassification", (type(model),), {"forward": names["own"]})
+        model.__class__ = kind
+        fastlora.apply_lora(model, ["query"], rank=2, modules_to_save=["classifier"])
+        fastlora.save_adapter(model, tmp_path)
+        assert config_of(tmp_path)["task_type"] == (None if "labels" in arguments else "SEQ_CLS")
 
     def test_a_decoder_alone_is_not_sequence_to_sequence(self, tmp_path):
         """Models of images and text are called ForConditionalGeneration too."""

@@ -287,6 +287,47 @@ class TestFromLinear:
             layer = FusedLoRALinear.from_linear(nn.Linear(7, 5, device="cpu"), 3)
         assert {p.device.type for p in layer.parameters()} == {"cpu"}
 
+    def test_a_compiled_call_stays_with_its_module(self):
+        """``compile()`` leaves a callable on the module that is bound to it."""
+        linear = nn.Linear(6, 5)
+        linear.compile(backend="eager")
+        x = torch.randn(4, 6)
+        linear(x)
+        layer = FusedLoRALinear.from_linear(linear, 2)
+        with torch.no_grad():
+            layer.A.normal_()
+        y = layer(x)
+        assert y.requires_grad
+        assert not torch.allclose(y, linear(x))
+        layer.compile(backend="eager")
+        torch.testing.assert_close(layer(x), y)
+        plain = layer.to_linear()
+        with torch.no_grad():
+            layer.A.zero_()
+        torch.testing.assert_close(plain(x), y)
+
+    @pytest.mark.parametrize("hook", ["prune", "weight_norm"])
+    def test_an_adapter_that_a_hook_computes(self, hook):
+        """Between forward passes its values are out of date; it stays trainable."""
+        model = fastlora.apply_lora(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)), ["0"], rank=2)
+        with torch.no_grad():
+            model[0].A.normal_()
+        if hook == "prune":
+            prune.random_unstructured(model[0], "A", 0.5)
+        else:
+            nn.utils.weight_norm(model[0], "A")
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        fastlora.apply_lora(model, ["1"], rank=2)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trained | {"1.A", "1.B"}
+        for refused in (lambda: fastlora.adapter_state_dict(model), model[0].merge, model[0].to_linear):
+            with pytest.raises(ValueError, match=r"out of date; remove"):
+                refused()
+        if hook == "prune":
+            prune.remove(model[0], "A")
+        else:
+            nn.utils.remove_weight_norm(model[0], "A")
+        assert torch.equal(fastlora.adapter_state_dict(model)["0.A"], model[0].A)
+
     def test_extra_attributes_go_there_and_back(self):
         linear = nn.Linear(7, 5)
         linear.mark, linear.alpha = ["a library's"], "its own"

@@ -5,6 +5,7 @@ import copy
 import io
 import pickle
 import re
+import warnings
 from types import SimpleNamespace
 
 import cases  # noqa: F401 (one thread)
@@ -170,7 +171,12 @@ class TestTargets:
         assert adapted(fastlora.apply_lora(model, "all-linear")) == ["body", "score"]
 
     @pytest.mark.parametrize(
-        ("build", "kept"), [(lambda: mamba("falcon_h1"), "in_proj"), (lambda: wavlm(), "gru_rel_pos")]
+        ("build", "kept"),
+        [
+            (lambda: mamba("falcon_h1"), "in_proj"),
+            (lambda: wavlm(), "gru_rel_pos"),
+            (lambda: mobilebert(), "predictions.transform.dense"),
+        ],
     )
     def test_all_linear_leaves_what_is_never_called(self, build, kept):
         assert adapted(fastlora.apply_lora(build(), "all-linear")) == [kept]
@@ -292,6 +298,13 @@ def wavlm():
     attention = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q_proj", "out_proj", "gru_rel_pos")})
     attention.config = SimpleNamespace(model_type="wavlm")
     return attention
+
+
+def mobilebert():
+    transform = nn.ModuleDict({"dense": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"predictions": nn.ModuleDict({"dense": nn.Linear(4, 4), "transform": transform})})
+    model.config = SimpleNamespace(model_type="mobilebert")
+    return model
 
 
 def lazy():
@@ -613,6 +626,22 @@ class TestModulesToSave:
         assert list(targets.saved_modules(model)) == ["score", "lm_head"]
         assert not model.embed.weight.requires_grad
         assert model.lm_head.weight.requires_grad
+
+    def test_modules_made_in_inference_mode(self):
+        """They cannot be trained outside of it: a module to save gets tensors of its own, as in PEFT."""
+        with torch.inference_mode():
+            model = Small(tied=True)
+            model.norm = nn.BatchNorm1d(8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fastlora.apply_lora(model, ["q"], modules_to_save=["score", "norm"])
+        trained(model)
+        saved = fastlora.adapter_state_dict(model)
+        assert "norm.running_mean" in saved
+        fastlora.load_adapter_state_dict(model, {name: torch.ones_like(t) for name, t in saved.items()})
+        assert (model.norm.running_mean == 1).all()
+        with pytest.warns(UserWarning, match="lm_head shared"):
+            fastlora.apply_lora(model, ["v"], modules_to_save=["lm_head"])
 
     @pytest.mark.parametrize("calls", [(["embed", "lm_head"],), (["embed"], ["lm_head"])])
     def test_both_holders_of_a_tied_weight(self, calls):
@@ -1104,6 +1133,20 @@ class TestMergeLora:
         y = trained(model)(ids())
         fastlora.merge_lora(model)
         torch.testing.assert_close(model(ids()), y)
+
+    def test_a_warning_that_is_an_error_comes_last(self):
+        model = WithConfig(tied=True)
+        model.config.is_encoder_decoder = True
+        with pytest.warns(UserWarning, match="shared a weight"):
+            fastlora.apply_lora(model, ["q", "v"], modules_to_save=["lm_head"])
+        fastlora.group_projections(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="no longer share"):
+                fastlora.merge_lora(model)
+        assert not targets.saved_modules(model)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        assert not [name for name, _ in model.named_buffers() if "original" in name]
 
     def test_transformers_learns_again_of_untied_embeddings(self):
         model = WithConfig(tied=True)
