@@ -47,7 +47,7 @@ from fastlora.kernels.hopper import (
 )
 
 C_BUFFERS = gl.constexpr(HOPPER_BUFFERS)
-# Gluon renamed this between triton 3.6 and 3.9.
+# Gluon renamed this between triton 3.6 and 3.7.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 

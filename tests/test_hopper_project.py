@@ -95,7 +95,7 @@ FAULTS = {
         r"arith\.cmpi (eq|sgt), (%state\w*), %\w+",
         lambda match: f"arith.cmpi {'ne' if match[1] == 'eq' else 'sge'}, {match[2]}, {match[2]}",
     ),
-    "no barrier before the state is set": (r"gpu\.barrier", ""),
+    "no barrier before the state is set": (r"(?:gpu\.barrier|ttg\.barrier all).*", ""),
     "no fence where u is written": (
         r"tt\.elementwise_inline_asm .* (%c1_i32\w*) : .*",
         r"arith.andi \1, \1 : i32",
