@@ -881,7 +881,7 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
     target = gpu.Target(torch.device("cuda"), torch.bfloat16, ("graph", "eager"), dry=False, seconds=0.8)
     monkeypatch.setattr(gpu, "run_tests", lambda *_: "no end")
     work = gpu.units(set(gpu.SECTIONS), tables.select(None), target, Path("unused"))
-    loops = {"hopper": ("y", "dx"), "hopper-pingpong": ("y", "dx"), "hopper-project": ("h+y", "g+dx")}
+    loops = {"hopper": ("y", "dx"), "hopper-project": ("h+y", "g+dx"), "hopper-pingpong": ("y", "dx")}
     assert [unit.name.split()[0] for unit in work[-15:]] == [name for name in loops for _ in range(5)]
     assert {unit.name.split()[0] for unit in work[-15 - len(tiles.work()) : -15]} == {"tiles"}
     for unit, (section, modes) in zip(work[-11::5], loops.items(), strict=True):

@@ -1,5 +1,6 @@
 """The Gluon kernel that projects and multiplies in one launch: what the compiler makes of it, emulated."""
 
+import os
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from tolerance import assert_as_accurate
 from fastlora.kernels import configs
 
 SCALE = 1.5
+LAUNCHES = int(os.environ.get("FASTLORA_STRESS", "100"))  # of each shape, on a GPU
 
 
 def matrices(M, D, E, R, q_by_rows, device="cpu"):
@@ -162,7 +164,7 @@ def test_on_a_gpu(M, D, E, R, q_by_rows, poisoned_empty):
     c, u = project_and_gemm(p, q, z, v, SCALE, config, bias, q_by_rows)
     assert_right(c, u, p, q, z, v, bias, q_by_rows)
     # The same bits again and again, whichever tiles compute U: a race would show.
-    for _ in range(100):
+    for _ in range(LAUNCHES):
         again, u_again = project_and_gemm(p, q, z, v, SCALE, config, bias, q_by_rows)
         assert torch.equal(again, c)
         assert torch.equal(u_again, u)
