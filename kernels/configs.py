@@ -152,7 +152,8 @@ class HopperProjectConfig(HopperConfig):
     part_e: ClassVar[int] = 32
 
     def shared_bytes(self, itemsize: int) -> int:
-        return super().shared_bytes(itemsize) + self.slots * self.block_d * self.block_r * itemsize
+        ring = self.slots * self.block_d * self.block_r * itemsize
+        return super().shared_bytes(itemsize) + ring + 4 * self.slots
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ in the forward pass (U is alpha * h, C is y) they are W: (E, D), A: (E, R) and B
 is the main loop's last step, without a pass over the accumulator. (In float16, s could make U overflow.)
 
 The loop is that of the cooperative schedule in :mod:`fastlora.kernels.hopper`, but a tile of C may compute
-its rows of U from the tiles of P that it reads anyway: R / block_e more products, and no second pass over P.
-The tiles of C's first column come first, always do so, and write U. Any other tile looks at the state of its
-rows as it starts: while nobody is computing them, it does this for itself, with the same bits. Otherwise it
-waits for them at its end. They are then being computed by a program that runs and waits for no one, so this
-ends however few programs the GPU runs at a time.
+its rows of U from the tiles of P that it reads anyway, with no second pass over P. This takes an eighth
+longer (each product of 16 or 32 columns reads P from shared memory again), but few tiles do it. Those of C's
+first column come first, always do it, and write U. Any other tile looks at the state of its rows as it
+starts: while nobody is computing them, it does this for itself, with the same bits. Otherwise it waits for
+them at its end. They are then being computed by a program that runs and waits for no one, so this ends
+however few programs the GPU runs at a time.
 
     owns[slot]    whether the tile that begins in this slot computes U
     states[m]     of BLOCK_M rows of U: 0, 1 when a program has started on them, 2 when they are written
@@ -214,8 +215,9 @@ def _publish(u, u_ptr, states_ptr, tile_m, M, R):
     offs_m = gl.expand_dims(offs_m, 1)
     offs_r = gl.expand_dims(offs_r, 0)
     gl.store(u_ptr + offs_m.to(gl.int64) * R + offs_r, u, mask=(offs_m < M) & (offs_r < R))
-    barrier()  # one thread sets the state, all have stored
-    gl.atomic_add(states_ptr + tile_m, _fenced(1), sem="release", scope="gpu")
+    one = _fenced(1)
+    barrier()  # one thread sets the state, all have stored and fenced
+    gl.atomic_add(states_ptr + tile_m, one, sem="release", scope="gpu")
 
 
 @gluon.jit
@@ -323,7 +325,7 @@ def project_and_gemm(
 
     q: (E, D), v: (E, R) and z: (R, D), or (D, E), (R, E) and (D, R) if ``q_by_rows``; all in bfloat16.
     ``why_not`` of :mod:`fastlora.kernels.hopper` must return None for the matrices, M, D, E > 0, E and R
-    multiples of 8, R at most 32, and bias contiguous.
+    multiples of 8, R at most 32, bias contiguous and scale finite.
     """
     (M, D), R = p.shape, z.shape[1] if q_by_rows else z.shape[0]
     E = q.shape[1] if q_by_rows else q.shape[0]

@@ -420,9 +420,9 @@ class Machine:
         self._stores = {}  # TMA stores of each partition that have not been waited for
         self._products = Counter()  # asynchronous products of each partition
         self._now = 0
-        # When each partition last passed a barrier of its threads, and a fence between ordinary accesses and
-        # TMA's.
-        self._barrier_at, self._fence_at = Counter(), Counter()
+        # When each partition last passed a fence between ordinary accesses and TMA's, and the fence that was
+        # the last one at its last barrier, so that each thread's stores were fenced by itself.
+        self._fence_at, self._fenced_before_barrier = Counter(), Counter()
         # Up to when each program's stores are visible, by what atomic operations say, and then also to TMA.
         self._acquired, self._seen = {}, {}
 
@@ -541,7 +541,7 @@ class Machine:
         return self._now
 
     def gpu_barrier(self, op, partition):
-        self._barrier_at[partition] = self._tick()
+        self._fenced_before_barrier[partition] = self._fence_at[partition]
 
     ttg_barrier = gpu_barrier  # its name in triton 3.9
 
@@ -556,8 +556,7 @@ class Machine:
         assert (kind, scope) == ("add", "gpu"), "another atomic operation"
         place = np.int64(pointer.places)
         if order == "release":
-            until = min(self._barrier_at[partition], self._fence_at[partition])
-            pointer.memory.release(place, self._number, until)
+            pointer.memory.release(place, self._number, self._fenced_before_barrier[partition])
         return np.int32(pointer.memory.add(place, value))
 
     def ttg_async_copy_global_to_local(self, op, partition, pointer, view, mask=True, other=np.nan):
