@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fastlora.atomic import replace_files
-from fastlora.checks import ADAPTER_DTYPES, check_dropout, check_model, is_finite
+from fastlora.checks import ADAPTER_DTYPES, check_dropout, check_model, is_finite, unwritable
 from fastlora.dtensors import gathered, sharded_like
 from fastlora.linear import FusedLoRALinear
 from fastlora.surgery import (
     DATA_PARALLEL,
-    HIDDEN_NAMES,
     ORIGINAL,
     LayerSpec,
     adapter_parameters,
@@ -45,10 +44,11 @@ from fastlora.surgery import (
     prepare,
     require_layers,
     saved_tensors,
-    unwritable,
     uses_original,
 )
 from fastlora.targets import (
+    COMPILED,
+    WRAPPED,
     Selector,
     adapted_layers,
     all_paths,
@@ -61,6 +61,7 @@ from fastlora.targets import (
     listing,
     saved_modules,
     shorten,
+    unwrapped_name,
     why_never_called,
 )
 
@@ -68,10 +69,6 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
-# The names of the wrappers that torch.compile, checkpoint_wrapper and FSDP1 put around a module; the files
-# omit them.
-_COMPILED = "_orig_mod"
-_WRAPPED = (_COMPILED, *HIDDEN_NAMES)
 
 # The values that a plain LoRA linear layer requires of the LoraConfig fields that change what it computes.
 # The init_lora_weights listed here are those that leave the base weights unchanged.
@@ -160,18 +157,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the adapters and saved modules of a model in PEFT's format.
 
     ``PeftModel.from_pretrained(base, directory)`` gives the same outputs; a warning says where PEFT cannot
-    (dense layers of a mixture of experts that PEFT takes for the experts, containers to save), and another
-    which parameters are trained but not saved, as they belong to neither an adapter nor a module to save. A
-    merged layer's adapter is saved like any other. If layers differ in dropout, which matters only in
-    training, the most common value is written. If the save is interrupted at any point, the directory holds
-    either the old adapter or the new one, complete; other files in it are kept. (Where the system cannot swap
-    two directories in one step, a save that changes the config leaves a moment without it: outside Linux,
-    both adapters are then complete next to the directory; if the directory is a mount point or its parent is
-    not writable, only the weights are there.) If several processes hold the model, let one of them save,
-    except that sharded parameters (DTensors, as made by FSDP2) are gathered, so every process has to call
-    this and writes the same. Name parts added by ``torch.compile`` and checkpoint wrappers are omitted, as
-    are data-parallel training and ``AveragedModel`` around the whole model. PEFT matches the ends of names:
-    ``modules_to_save=["classifier"]`` selects a ``pre_classifier`` too, so its values are also written.
+    (dense layers of a mixture of experts that PEFT takes for the experts; containers to save; a part that is
+    wrapped for data-parallel training or averaging), and another which parameters are trained but not saved,
+    as they belong to neither an adapter nor a module to save. A merged layer's adapter is saved like any
+    other. If layers differ in dropout, which matters only in training, the most common value is written. If
+    the save is interrupted at any point, the directory holds either the old adapter or the new one, complete;
+    other files in it are kept. (Where the system cannot swap two directories in one step, a save that changes
+    the config leaves a moment without it: outside Linux, both adapters are then complete next to the
+    directory; if the directory is a mount point or its parent is not writable, only the weights are there.)
+    If several processes hold the model, let one of them save, except that sharded parameters (DTensors, as
+    made by FSDP2) are gathered, so every process has to call this and writes the same. Name parts added by
+    ``torch.compile`` and checkpoint wrappers are omitted, as are data-parallel training and ``AveragedModel``
+    around the whole model. PEFT matches the ends of names: ``modules_to_save=["classifier"]`` selects a
+    ``pre_classifier`` too, so its values are also written.
 
     Args:
         model: with at least one adapted layer. directory: created if it does not exist.
@@ -179,8 +177,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     Raises:
         ValueError: no adapted layer, or the model itself is one; inside ``disable_adapter``, if the model has
             saved modules; names that PEFT's matching could not tell apart; tensors on the meta device;
-            adapters that a hook computes (pruning); data-parallel training or averaging of a part of the
-            model. Nothing is written.
+            adapters that a hook computes (pruning). Nothing is written.
         ImportError: the safetensors package is missing.
         OSError: the files cannot be written; an existing adapter is left unchanged.
     """
@@ -188,7 +185,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     check_model(model, "save_adapter")
     model = _unwrapped(model)
     layers = require_layers(model, "save_adapter")
-    _check_parts(model)
+    _warn_of_parts(model)
     if any(uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("save_adapter: inside disable_adapter the saved modules hold original values")
     check_current(layers, "save_adapter")
@@ -211,7 +208,7 @@ def _warn_of_left_out(model: nn.Module, written: Iterable[Tensor]) -> None:
     """Warn of parameters that are trained but not written."""
     known = adapter_parameters(model).union(written)
     left_out = [
-        _file_path(name)
+        unwrapped_name(name)
         for name, p in model.named_parameters()
         if p.requires_grad and p not in known and not getattr(p, "_is_flat_param", False)
     ]
@@ -266,7 +263,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     base = {name: t for name, t in _base_tensors(model, targets, state).items() if name not in own_saved}
     _check_coverage(model, layers, targets, saved)
     new = {path: module for path, module in targets.items() if path not in layers}
-    ranks = {path: config.rank_of(_file_path(path)) for path in layers}
+    ranks = {path: config.rank_of(unwrapped_name(path)) for path in layers}
     resized = {
         path: rank
         for path, rank in ranks.items()
@@ -342,7 +339,7 @@ class AdapterConfig:
 
     def layer_spec(self, path: str, linear: nn.Linear, state: Mapping[str, Tensor]) -> LayerSpec:
         """The adapter of the layer called ``path`` in the model."""
-        name = _file_path(path)
+        name = unwrapped_name(path)
         dtype = linear.weight.dtype
         for part in ("lora_A", "lora_B"):
             dtype = torch.promote_types(dtype, state[f"{_PREFIX}{name}.{part}.weight"].dtype)
@@ -360,15 +357,11 @@ def _first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -
     return patterns.get(path, default)
 
 
-def _file_path(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
-
-
 def _unwrapped(model: Any) -> Any:
     """The model inside the wrappers of compilation, checkpoints, data-parallel training and averaging."""
     while True:
         only = next(iter(model._modules)) if len(model._modules) == 1 else None
-        if only in _WRAPPED:
+        if only in WRAPPED:
             model = model._modules[only]
         elif isinstance(model, (*DATA_PARALLEL, AveragedModel)):
             model = model.module
@@ -376,17 +369,18 @@ def _unwrapped(model: Any) -> Any:
             return model
 
 
-def _check_parts(model: nn.Module) -> None:
-    """ValueError where a wrapper that names in files do not omit is around an adapted or saved part."""
+def _warn_of_parts(model: nn.Module) -> None:
+    """Warn of wrappers that names in files do not omit, around an adapted or saved part."""
     parts = [
         path
         for path, m in model.named_modules()
         if isinstance(m, (*DATA_PARALLEL, AveragedModel)) and (adapted_layers(m) or saved_modules(m))
     ]
     if parts:
-        raise ValueError(
+        warnings.warn(
             f"save_adapter: {listing(parts)} wraps a part of the model for data-parallel training or "
-            "averaging, so names in the file would not be the model's; unwrap it, or wrap the whole model"
+            "averaging and adds to the names in the file: only a model with the same wrapper can read it",
+            stacklevel=3,
         )
 
 
@@ -396,8 +390,8 @@ def _file_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, st
     once: yield each module only under its first name.
     """
     for path, module in model.named_modules(remove_duplicate=once):
-        name = _file_path(path)
-        if name and not any(wrapped in module._modules for wrapped in _WRAPPED):
+        name = unwrapped_name(path)
+        if name and not any(wrapped in module._modules for wrapped in WRAPPED):
             yield path, name, module
 
 
@@ -405,7 +399,7 @@ def _file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own tensors, by their names in PEFT's file."""
     tensors: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model).items():
-        name = _PREFIX + _file_path(path)
+        name = _PREFIX + unwrapped_name(path)
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = layer.B, layer.A
     return tensors | _tensors_of(saved_modules(model))
 
@@ -427,7 +421,7 @@ def _saved_places(saved: Mapping[str, nn.Module], part: str = "") -> dict[str, t
     "modules_to_save" (PEFT reads the other), and the original one under "original_module".
     """
     return {
-        _PREFIX + _file_path(join_names(path, part, inner, name)): (module, name)
+        _PREFIX + unwrapped_name(join_names(path, part, inner, name)): (module, name)
         for path, root in saved.items()
         for inner, module in root.named_modules()
         for name, _ in saved_tensors(module)
@@ -459,11 +453,11 @@ def _whole(tensor: Any) -> Tensor:
 
 def _config_of(model: nn.Module, layers: Mapping[str, FusedLoRALinear]) -> dict[str, object]:
     """The contents of a model's adapter_config.json."""
-    if "" in map(_file_path, layers):
+    if "" in map(unwrapped_name, layers):
         raise ValueError("save_adapter: the model itself is the adapted layer, so PEFT has no name for it")
-    own = {_file_path(path): layer for path, layer in layers.items()}
+    own = {unwrapped_name(path): layer for path, layer in layers.items()}
     names = [name for _, name, _ in _file_modules(model)]
-    saved = [_file_path(path) for path in saved_modules(model)]
+    saved = [unwrapped_name(path) for path in saved_modules(model)]
     _check_names(model)
     _warn_of_experts(model, own)
     ranks = {name: layer.rank for name, layer in own.items()}
@@ -534,7 +528,7 @@ def _ending_in(model: nn.Module, endings: Iterable[str]) -> set[nn.Module]:
 def _also_saved(model: nn.Module) -> dict[str, nn.Module]:
     """What PEFT takes for modules to save beside those of the model, under their (first) names."""
     saved = saved_modules(model)
-    meant = _ending_in(model, map(_file_path, saved)) - set(saved.values())
+    meant = _ending_in(model, map(unwrapped_name, saved)) - set(saved.values())
     return {path: module for path, _, module in _file_modules(model) if module in meant}
 
 
@@ -552,14 +546,14 @@ def _check_names(model: nn.Module) -> None:
             f"save_adapter: PEFT compares the ends of names and would also save {listing(overlapping)}, in "
             f"or around what is adapted or saved, for {listing(list(saved))}; rename one"
         )
-    own_names = tuple(map(_file_path, saved))
+    own_names = tuple(map(unwrapped_name, saved))
     inner = [name for name in _PEFT_CHILDREN if name.endswith(own_names)]
     if inner:
         raise ValueError(
             f"save_adapter: PEFT compares the ends of names and would also save {listing(inner)} of its own "
             f"layers, for {listing(list(saved))}; rename the module"
         )
-    containers = [path for path, module in saved.items() if isinstance(module, _CONTAINERS)]
+    containers = [path for path, module in (saved | also).items() if isinstance(module, _CONTAINERS)]
     if containers:
         warnings.warn(
             f"save_adapter: PEFT does not save containers such as {listing(containers)} as a whole, so "
@@ -606,7 +600,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
     """PEFT's task type of a transformers model; None if PEFT would then save other modules too."""
-    name = type(getattr(model, _COMPILED, model)).__name__
+    name = type(getattr(model, COMPILED, model)).__name__
     task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
     config = getattr(model, "config", None)
     if config is None or (task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False)):
@@ -653,9 +647,21 @@ def _parse_config(raw: bytes, path: Path) -> AdapterConfig:
         raise ValueError(f"load_adapter: {path} holds a {type(fields).__name__}, expected an object")
     _check_features(fields)
     try:
-        return config_from(fields)
+        return config_from({name: _without_wrappers(value) for name, value in fields.items()})
     except (TypeError, ValueError, OverflowError, re.error) as error:
         raise ValueError(f"load_adapter: {path}: {error}") from error
+
+
+def _without_wrappers(value: Any) -> Any:
+    """A value of adapter_config.json without the parts that wrappers add to names in its strings."""
+    if isinstance(value, str):
+        wrapped = "|".join(WRAPPED)
+        return re.sub(rf"(?:\\?\.)(?:{wrapped})$|(?<![^.|(^])(?:{wrapped})\\?\.", "", value)
+    if isinstance(value, list):
+        return [_without_wrappers(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_wrappers(key): _without_wrappers(item) for key, item in value.items()}
+    return value
 
 
 def _check_features(fields: Mapping[str, Any]) -> None:
@@ -772,7 +778,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise ValueError(f"load_adapter: {path} holds a {type(state).__name__}, expected named tensors")
     # PEFT keeps the names of the wrappers inside the model that it was given.
-    return {_file_path(name) if isinstance(name, str) else name: tensor for name, tensor in state.items()}
+    return {unwrapped_name(name) if isinstance(name, str) else name: tensor for name, tensor in state.items()}
 
 
 def _load_pickled(path: Path) -> object:
@@ -794,7 +800,7 @@ def _find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, Any]:
     selector = config.selector
     if is_all_linear(selector.target_modules):
         names = linear_names(model, exact=False, sequence_classifier=config.task_type == "SEQ_CLS")
-        selector = replace(selector, target_modules=tuple(map(_file_path, names)))
+        selector = replace(selector, target_modules=tuple(map(unwrapped_name, names)))
     targets = {path: module for path, name, module in _file_modules(model) if selector.covers(name)}
     if not targets:
         raise ValueError(f"load_adapter: target_modules {config.selector.target_modules!r} match no module")
@@ -836,7 +842,7 @@ def _check_tensors(
     """Raise ValueError unless the file holds exactly the adapters of ``targets`` and values of ``own``."""
     expected: dict[str, Sequence[int]] = {}
     for path, module in targets.items():
-        name = _file_path(path)
+        name = unwrapped_name(path)
         rank = config.rank_of(name)
         expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, module.in_features)
         expected[f"{_PREFIX}{name}.lora_B.weight"] = (module.out_features, rank)

@@ -27,6 +27,17 @@ def as_number(value: Any) -> Any:
     return float(value) if foreign else value
 
 
+def unwritable(tensor: Tensor) -> bool:
+    """Whether PyTorch refuses to write the tensor in place here.
+
+    It does so outside of inference mode if the tensor was made in it, and if the elements share memory.
+    """
+    expanded = any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return expanded or (tensor.is_inference() and not torch.is_inference_mode_enabled())
+
+
 def is_finite(value: Any) -> bool:
     """Whether a number, be it a huge integer, is finite as a float; torch.compile can trace it."""
     return bool(abs(value) <= sys.float_info.max)

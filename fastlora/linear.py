@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.checks import ADAPTER_DTYPES, check_adapter_dtype, check_alpha, check_dropout, check_rank
+from fastlora.checks import (
+    ADAPTER_DTYPES,
+    check_adapter_dtype,
+    check_alpha,
+    check_dropout,
+    check_rank,
+    unwritable,
+)
 from fastlora.dtensors import any_dtensor, is_wrapper
 from fastlora.function import Operands, autocast_on, lora_linear
 
@@ -211,7 +218,7 @@ class FusedLoRALinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as ``nn.Linear`` does, then call :meth:`reset_lora_parameters`."""
-        adapted = "A" in self._parameters  # nn.Linear.__init__ calls this before the adapter exists.
+        adapted = "adapter_enabled" in vars(self)  # nn.Linear.__init__ calls this before the adapter exists.
         if adapted:
             self._check_resettable("reset_parameters")
         super().reset_parameters()
@@ -222,8 +229,8 @@ class FusedLoRALinear(nn.Linear):
         """Set A to zero, so that training starts from the frozen layer, and B to kaiming_uniform(a=sqrt(5)).
 
         Raises:
-            ValueError: the layer is merged, so unmerge() could no longer remove the update from weight; or
-                inside ``disable_adapter``.
+            ValueError: the layer is merged, so unmerge() could no longer remove the update from weight;
+                inside ``disable_adapter``; a parametrization or hook computes A or B.
         """
         self._check_resettable("reset_lora_parameters")
         nn.init.zeros_(self.A)
@@ -235,6 +242,12 @@ class FusedLoRALinear(nn.Linear):
             raise ValueError(f"{method}: the layer is merged: call unmerge() first")
         if not self.adapter_enabled:  # A merged layer temporarily holds its unmerged weight.
             raise ValueError(f"{method}: the adapter is disabled: leave disable_adapter first")
+        computed = [name for name in ("A", "B") if name not in self._parameters]
+        if computed:
+            raise ValueError(
+                f"{method}: a parametrization or hook computes {', '.join(computed)}, which would undo the "
+                "reset: remove it first"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features) -> (..., out_features); see :func:`fastlora.lora_linear` for errors.
@@ -345,8 +358,8 @@ class FusedLoRALinear(nn.Linear):
         stale = self._stale_adapters()
         if stale:
             raise ValueError(
-                f"{name}: a hook (of pruning, say) computes {', '.join(stale)} in each forward pass, so that "
-                "the values may be out of date; remove it first"
+                f"{name}: {', '.join(stale)} not a parameter, but what a hook (of pruning, say) or FSDP1 "
+                "computes for a forward pass, and may be out of date: remove this first"
             )
 
     def _stale_adapters(self) -> list[str]:
@@ -366,6 +379,11 @@ class FusedLoRALinear(nn.Linear):
                 f"{name}: the weight {tuple(self.weight.shape)} is a {type(self.weight).__name__}, quantized "
                 "for example, which cannot hold the update"
             )
+        if unwritable(self.weight):
+            raise ValueError(
+                f"{name}: the weight {tuple(self.weight.shape)} cannot be written in place: it was made in "
+                "inference mode, or its rows share memory"
+            )
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -378,8 +396,8 @@ class FusedLoRALinear(nn.Linear):
             ValueError: another module shares the weight (tied embeddings), as found by ``apply_lora`` or
                 ``load_adapter`` (``from_linear`` sees no model); a parametrization computes it; it was
                 quantized after the layer was made; the sum is not finite; inside ``disable_adapter``; values
-                on the meta device, as in an offloaded model; a hook computes A or B (pruning). The weight is
-                left unchanged.
+                on the meta device, as in an offloaded model; a hook computes A or B (pruning); a weight made
+                in inference mode, or whose rows share memory. The weight is left unchanged.
         """
         if self.merged:
             return
@@ -401,7 +419,8 @@ class FusedLoRALinear(nn.Linear):
         The update is recomputed from the current A and B: do not change them while they are merged.
 
         Raises:
-            ValueError: a parametrization computes the weight; values on the meta device.
+            ValueError: a parametrization computes the weight; values on the meta device; a hook computes A or
+                B; a weight that cannot be written in place.
         """
         if self._merged_alpha is None:
             return

@@ -22,11 +22,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastlora.checks import check_adapter_dtype, check_alpha, check_dropout, check_model, check_rank
+from fastlora.checks import (
+    check_adapter_dtype,
+    check_alpha,
+    check_dropout,
+    check_model,
+    check_rank,
+    unwritable,
+)
 from fastlora.dtensors import sharded_like
 from fastlora.group import ungroup_projections
 from fastlora.linear import FusedLoRALinear, _keep_fast_path_off
 from fastlora.targets import (
+    HIDDEN_NAMES,
     adapted_layers,
     checked_names,
     embeddings_of,
@@ -39,8 +47,6 @@ from fastlora.targets import (
 )
 
 ORIGINAL = "_original_"
-# Wrapper names that state_dict omits: those that checkpoint_wrapper and FSDP1 put around a module.
-HIDDEN_NAMES = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ALPHA = "alpha"
 
@@ -195,7 +201,8 @@ def prepare(
         split = {root: _split_saved(model, root) for root in roots}
     except BaseException:
         for parameter, trainable in was_trainable.items():
-            parameter.requires_grad_(trainable)
+            with torch.inference_mode(parameter.is_inference()):  # else those made in it cannot be set
+                parameter.requires_grad_(trainable)
         for path in specs:
             _remove_own_hook(modules[path])
         raise
@@ -268,8 +275,9 @@ def adapter_parameters(model: nn.Module) -> set[Tensor]:
         for name in computed.keys() & {"A", "B"}:
             found.update(computed[name].parameters())
         # From which the hooks of torch.nn.utils.prune and weight_norm compute them: A_orig, A_g and the like.
+        parts = tuple(f"{name}_" for name in layer._stale_adapters())
         own = layer._parameters.items()
-        found.update(p for name, p in own if name.startswith(("A_", "B_")) and p is not None)
+        found.update(p for name, p in own if parts and name.startswith(parts) and p is not None)
     found.update(p for root in saved_modules(model).values() for p in root.parameters())
     return found
 
@@ -292,7 +300,7 @@ def _split_saved(model: nn.Module, root: nn.Module) -> _Split:
 
     PEFT trains a copy of the whole module. Here the tensors stay, and with them optimizers and names, except
     for a parameter that shares memory with another module, which training it would change, and for tensors
-    made in inference mode, which cannot be trained.
+    that cannot be written in place.
     """
     inside = dict.fromkeys(root.modules())
     outside = [_memory(tensor) for m in model.modules() if m not in inside for _, tensor in _own_tensors(m)]
@@ -311,11 +319,6 @@ def _split_saved(model: nn.Module, root: nn.Module) -> _Split:
                 copies[tensor] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
             changes.append(partial(_keep_original, module, name, original, copies.get(tensor)))
     return _Split(changes, unties)
-
-
-def unwritable(tensor: Tensor) -> bool:
-    """Whether PyTorch refuses to change the tensor here: one made in inference mode, outside of it."""
-    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -531,8 +534,8 @@ def check_current(layers: Mapping[str, FusedLoRALinear], function: str) -> None:
     stale = [path for path, layer in layers.items() if layer._stale_adapters()]
     if stale:
         raise ValueError(
-            f"{function}: hooks (of pruning, say) compute the adapters of {listing(stale)} in each forward "
-            "pass, so that the values may be out of date; remove them first"
+            f"{function}: the adapters of {listing(stale)} are not parameters, but what hooks (of pruning, "
+            "say) or FSDP1 compute for a forward pass, and may be out of date: remove these first"
         )
 
 
@@ -549,7 +552,7 @@ def check_writable(tensors: Mapping[str, Tensor], function: str) -> None:
     fixed = [name for name, tensor in tensors.items() if unwritable(tensor)]
     if fixed:
         raise ValueError(
-            f"{function}: {listing(fixed)} were made in inference mode, outside of which they cannot change"
+            f"{function}: {listing(fixed)} cannot be written in place: made in inference mode, or expanded"
         )
 
 
@@ -608,8 +611,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
 
     Raises:
         ValueError: missing or unexpected names, tensors of another shape or on the meta device (in the state
-            or the model), tensors of the model made in inference mode, an alpha that is not a finite number,
-            a merged layer; inside ``disable_adapter``. Nothing is copied.
+            or the model), tensors of the model made in inference mode or expanded, an alpha that is not a
+            finite number, a merged layer; inside ``disable_adapter``. Nothing is copied.
         TypeError: ``model`` is not a module, or ``state`` is not a mapping.
     """
     layers = require_layers(model, "load_adapter_state_dict")

@@ -25,11 +25,20 @@ _NEVER_CALLED = {
         *("bamba", "granitemoehybrid", "wavlm", "zamba2"),
     ),
     "dt_proj": ("falcon_mamba", "jamba", "mamba"),
+    "x_proj": ("falcon_mamba", "mamba"),
     "predictions.dense": ("mobilebert",),
-    "bbox_attention.k_proj": ("detr", "conditional_detr"),
+    # k_linear in transformers 4.
+    **dict.fromkeys(("bbox_attention.k_proj", "bbox_attention.k_linear"), ("detr", "conditional_detr")),
+    "kernel": (  # of a time-delay network
+        *("data2vec-audio", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wav2vec2-conformer", "wavlm"),
+    ),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("wavlm",)),
-    **dict.fromkeys(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), ("layoutlmv3",)),
+    **dict.fromkeys(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), ("layoutlmv2", "layoutlmv3")),
 }
+# The names of the wrappers that torch.compile, checkpoint_wrapper and FSDP1 put around a module.
+COMPILED = "_orig_mod"
+HIDDEN_NAMES = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WRAPPED = (COMPILED, *HIDDEN_NAMES)
 _SHOWN = 12
 
 
@@ -82,6 +91,11 @@ def matches(names: str | Iterable[str], path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def unwrapped_name(path: str) -> str:
+    """A module's name without the parts that wrappers add."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPED)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
@@ -296,7 +310,8 @@ def _why_not_adaptable(model: nn.Module, path: str, module: Any) -> str | None:
 
 def why_never_called(model: nn.Module, path: str) -> str | None:
     """Why an adapter on the layer called ``path`` would do nothing until it is merged, None if it would."""
-    types = [kind for name, kinds in _NEVER_CALLED.items() if matches((name,), path) for kind in kinds]
+    name = unwrapped_name(path)
+    types = [kind for last, kinds in _NEVER_CALLED.items() if matches((last,), name) for kind in kinds]
     if not types:
         return None
     above = [getattr(getattr(m, "config", None), "model_type", None) for m in _ancestors(model, path)]

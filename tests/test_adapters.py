@@ -5,6 +5,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -501,11 +503,13 @@ class TestRefusesToSave:
     def test_a_part_that_is_wrapped(self, tmp_path):
         model = fastlora.apply_lora(Net(), ["up"])
         model.blocks = torch.optim.swa_utils.AveragedModel(model.blocks)
-        self.refuses(model, tmp_path, "blocks wraps a part of the model")
+        with pytest.warns(UserWarning, match="blocks wraps a part of the model"):
+            fastlora.save_adapter(model, tmp_path)
         model.blocks = model.blocks.module
-        model.norm = torch.optim.swa_utils.AveragedModel(model.norm)  # has no adapter
+        model.averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2))  # has no adapter
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "save_adapter: averaged.* are trained")
             fastlora.save_adapter(model, tmp_path)
 
     def test_a_container_warns(self, tmp_path):
@@ -520,6 +524,13 @@ class TestRefusesToSave:
             PeftModel.from_pretrained(copy.deepcopy(again), tmp_path)
         fastlora.load_adapter(again, tmp_path)
         assert torch.equal(again.heads[0].weight, model.heads[0].weight)
+
+    def test_a_container_that_peft_takes_for_a_saved_module_warns(self, tmp_path):
+        model = Net()
+        model.overhead = nn.ModuleList([nn.Linear(8, 2)])
+        fastlora.apply_lora(model, ["up"], modules_to_save=["head"])
+        with pytest.warns(UserWarning, match="does not save containers such as overhead as a whole"):
+            fastlora.save_adapter(model, tmp_path)
 
     def test_a_missing_safetensors(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -1185,7 +1196,7 @@ class TestLoading:
         with torch.inference_mode():
             fastlora.load_adapter(model, directory)
         before = outputs(model)
-        with pytest.raises(ValueError, match=r"blocks\.\{0..1\}\.up\.A.* were made in inference mode"):
+        with pytest.raises(ValueError, match=r"blocks\.\{0..1\}\.up\.A.* made in inference mode"):
             fastlora.load_adapter_state_dict(model, state)
         assert torch.equal(outputs(model), before)
 
@@ -1200,12 +1211,34 @@ class TestLoading:
         for name, tensor in fastlora.adapter_state_dict(other).items():
             assert torch.equal(tensor, fastlora.adapter_state_dict(model)[name]), name
 
-    def test_peft_around_a_compiled_model(self, tmp_path):
+    @pytest.mark.parametrize("up", ["_orig_mod.body.up", "body._orig_mod.up"])
+    @pytest.mark.parametrize("form", ["ends", "names", "expression"])
+    def test_peft_around_a_compiled_model(self, form, up, tmp_path):
         """Its file keeps the wrapper's name; PEFT reads it only into a model compiled alike."""
-        stock = get_peft_model(torch.compile(make("net")), LoraConfig(**lora(target_modules=["up"])))
-        shake(stock).eval().save_pretrained(tmp_path)
+
+        def made():
+            torch.manual_seed(5)
+            body = nn.Sequential(OrderedDict(up=nn.Linear(4, 4)))
+            return nn.Sequential(OrderedDict(body=body, out=nn.Linear(4, 2)))
+
+        base, out = made(), "out"
+        if up.startswith("body"):
+            base.body = torch.compile(base.body, backend="eager")
+        else:
+            base, out = torch.compile(base, backend="eager"), "_orig_mod.out"
+        targets = {
+            "ends": ["up", "out"],
+            "names": [up, out],
+            "expression": "|".join(map(re.escape, (up, out))),
+        }
+        patterns = {"rank_pattern": {"up": 3}, "alpha_pattern": {"^" + re.escape(up): 5}}
+        config = LoraConfig(r=2, target_modules=targets[form], **patterns)
+        stock = shake(get_peft_model(base, config)).eval()
+        stock.save_pretrained(tmp_path)
         assert any("_orig_mod" in name for name in load_file(tmp_path / WEIGHTS))
-        assert_same_outputs(fastlora.load_adapter(make("net"), tmp_path), stock)
+        ours = fastlora.load_adapter(made(), tmp_path)
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(ours(x), stock(x))
 
     def test_switching_in_memory(self, directory, tmp_path):
         model = fastlora.load_adapter(make("net"), directory)

@@ -317,16 +317,37 @@ class TestFromLinear:
         else:
             nn.utils.weight_norm(model[0], "A")
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        model[0].B_scale = nn.Parameter(torch.ones(()))  # somebody else's
         fastlora.apply_lora(model, ["1"], rank=2)
         assert {name for name, p in model.named_parameters() if p.requires_grad} == trained | {"1.A", "1.B"}
         for refused in (lambda: fastlora.adapter_state_dict(model), model[0].merge, model[0].to_linear):
-            with pytest.raises(ValueError, match=r"out of date; remove"):
+            with pytest.raises(ValueError, match=r"out of date: remove"):
                 refused()
+        for reset in (model[0].reset_parameters, model[0].reset_lora_parameters):
+            with pytest.raises(ValueError, match=r"computes A, which would undo the reset"):
+                reset()
         if hook == "prune":
             prune.remove(model[0], "A")
         else:
             nn.utils.remove_weight_norm(model[0], "A")
         assert torch.equal(fastlora.adapter_state_dict(model)["0.A"], model[0].A)
+
+    @pytest.mark.parametrize("kind", ["inference", "expanded"])
+    def test_a_weight_that_cannot_be_written(self, kind):
+        with torch.inference_mode(kind == "inference"):
+            linear = nn.Linear(6, 5)
+        if kind == "expanded":
+            linear.weight = nn.Parameter(torch.randn(1, 6).expand(5, 6))
+        model = fastlora.apply_lora(nn.Sequential(nn.Linear(6, 6), linear), ["0", "1"], rank=2)
+        with torch.no_grad():
+            model[1].A.normal_()
+        before = copy.deepcopy(model.state_dict())
+        for merge in (model[1].merge, lambda: fastlora.merge_lora(model)):
+            with pytest.raises(ValueError, match=r"the weight \(5, 6\) cannot be written in place"):
+                merge()
+        assert not model[0].merged
+        assert not model[1].merged
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
     def test_extra_attributes_go_there_and_back(self):
         linear = nn.Linear(7, 5)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fastlora
 from fastlora import overview, targets
@@ -176,6 +177,7 @@ class TestTargets:
             (lambda: mamba("falcon_h1"), "in_proj"),
             (lambda: wavlm(), "gru_rel_pos"),
             (lambda: mobilebert(), "predictions.transform.dense"),
+            (lambda: mobilebert(wrapped=True), "predictions._checkpoint_wrapped_module.transform.dense"),
         ],
     )
     def test_all_linear_leaves_what_is_never_called(self, build, kept):
@@ -300,9 +302,10 @@ def wavlm():
     return attention
 
 
-def mobilebert():
+def mobilebert(wrapped=False):
     transform = nn.ModuleDict({"dense": nn.Linear(4, 4)})
-    model = nn.ModuleDict({"predictions": nn.ModuleDict({"dense": nn.Linear(4, 4), "transform": transform})})
+    head = nn.ModuleDict({"dense": nn.Linear(4, 4), "transform": transform})
+    model = nn.ModuleDict({"predictions": checkpoint_wrapper(head) if wrapped else head})
     model.config = SimpleNamespace(model_type="mobilebert")
     return model
 
@@ -642,6 +645,25 @@ class TestModulesToSave:
         assert (model.norm.running_mean == 1).all()
         with pytest.warns(UserWarning, match="lm_head shared"):
             fastlora.apply_lora(model, ["v"], modules_to_save=["lm_head"])
+
+    def test_buffers_whose_elements_share_memory(self):
+        """PyTorch refuses to write them, so that a module to save gets its own."""
+        model = Small()
+        model.score[0].register_buffer("scale", torch.ones(1).expand(4))
+        fastlora.apply_lora(model, ["q"], modules_to_save=["score"])
+        state = fastlora.adapter_state_dict(model)
+        state["score.0.scale"] = torch.arange(4.0)
+        fastlora.load_adapter_state_dict(model, state)
+        assert torch.equal(model.score[0].scale, torch.arange(4.0))
+        with fastlora.disable_adapter(model):
+            assert torch.equal(model.score[0].scale, torch.ones(4))
+
+    def test_a_failure_with_modules_made_in_inference_mode(self):
+        with torch.inference_mode():
+            model = Small()
+        with pytest.raises((RuntimeError, MemoryError), match=r"alloc|memory"):
+            fastlora.apply_lora(model, ["q"], rank=10**15)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
     @pytest.mark.parametrize("calls", [(["embed", "lm_head"],), (["embed"], ["lm_head"])])
     def test_both_holders_of_a_tied_weight(self, calls):
