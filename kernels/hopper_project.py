@@ -70,7 +70,7 @@ def _fenced(value):
 
 @gluon.jit
 def _wait_for_state(pointer, least):
-    """Wait until the state is at least ``least``; TMA then reads what was stored before it was set."""
+    """Wait until the state is at least ``least``, and let TMA read what was stored before it was set."""
     gl.inline_asm_elementwise(
         """{
             .reg .pred done;
@@ -111,7 +111,8 @@ def _producer(rings, owns, sizes, inputs, states_ptr, GROUP_M: gl.constexpr, Q_B
         m = tile_m * BLOCK_M
         e = tile_e * BLOCK_E
         first = tile_e == 0
-        state = gl.atomic_add(states_ptr + tile_m, gl.where(first, 1, 0), sem="relaxed", scope="gpu")
+        state = gl.atomic_add(states_ptr + tile_m, gl.where(first, 1, 0), sem="acquire", scope="gpu")
+        state = _fenced(state)  # if U is written, TMA may read it
         own = first | (state == 0)
         reads = (tile_e > 0) & (state > 0)
         mbarrier.wait(empty.index(slot), phase ^ 1)
@@ -137,7 +138,8 @@ def _producer(rings, owns, sizes, inputs, states_ptr, GROUP_M: gl.constexpr, Q_B
             async_load(v_desc, [0, e], full, q_ring.index(slot))
         else:
             async_load(v_desc, [e, 0], full, q_ring.index(slot))
-        _wait_for_state(states_ptr + tile_m, gl.where(reads, 2, 0))
+        if reads & (state < 2):  # not once U is written: asking again would delay the next tile's loads
+            _wait_for_state(states_ptr + tile_m, 2)
         async_load(u_desc, [m, 0], full, p_ring.index(slot), pred=reads)
         slot, phase = next_slot(slot, phase, SLOTS)
 

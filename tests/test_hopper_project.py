@@ -1,5 +1,6 @@
 """The Gluon kernel that projects and multiplies in one launch: what the compiler makes of it, emulated."""
 
+import itertools
 import os
 import re
 
@@ -76,6 +77,7 @@ def emulate(ttgir, M, D, E, R, programs, q_by_rows, seed=0):
         (100, 192, 776, 1),  # the first tile computes u for all
         (300, 1032, 264, 2),  # many times around the ring
         (700, 320, 1032, 4),
+        (300, 320, 700, 9),  # all tiles at once
     ],
 )
 def test_values(rows, M, D, E, programs, q_by_rows):
@@ -103,6 +105,11 @@ FAULTS = {
         r"arith.andi \1, \1 : i32",
     ),
     "no fence where u is read": (r"fence\.proxy\.async\.global(?=;\\0A)", ""),
+    "no fence where u was written before": (
+        r"tt\.elementwise_inline_asm .* (%state\w*) : .*",
+        r"arith.andi \1, \1 : i32",
+    ),
+    "the state is read without acquire": (r"add, acquire", "add, relaxed"),
     "the state is set without release": (r"add, release", "add, relaxed"),
     "one product too few is awaited": (r"(pendings =) 2 ", r"\1 3 "),
 }
@@ -116,8 +123,8 @@ def test_emulation_finds(rows, fault, q_by_rows):
     assert broken != ttgir
 
     def run():
-        for seed in range(5):
-            emulate(broken, 300, 600, 700, 16, 2, q_by_rows, seed)
+        for seed, programs in itertools.product(range(8), (2, 9)):  # some tiles read U, some wait for it
+            emulate(broken, 300, 600, 700, 16, programs, q_by_rows, seed)
 
     with pytest.raises((AssertionError, ttgir_emulator.Deadlock)):
         run()
