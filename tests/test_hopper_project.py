@@ -76,7 +76,7 @@ def emulate(ttgir, M, D, E, R, programs, q_by_rows, seed=0):
         (129, 72, 520, 50),  # programs without a tile
         (100, 192, 776, 1),  # the first tile computes u for all
         (300, 1032, 264, 2),  # many times around the ring
-        (700, 320, 1032, 4),
+        (500, 128, 776, 4),
         (300, 320, 700, 9),  # all tiles at once
     ],
 )
