@@ -308,8 +308,8 @@ def _hopper_source(case: Case):
 def _hopper_project_source(case: Case):
     config = configs.select_hopper_project(SMS, case.R)
     descriptors = _descriptors(hopper_project.blocks(config, q_by_rows=case.backward), case)
-    signature = {name: descriptors[f"{name}_desc"] for name in "pqzuvc"}
-    signature = {f"{name}_desc": value for name, value in signature.items()} | {
+    # In the order of the kernel's arguments.
+    signature = {f"{name}_desc": descriptors[f"{name}_desc"] for name in "pqzuvc"} | {
         "u_ptr": f"*{case.dtype}", "states_ptr": "*i32",
         "bias_ptr": None if case.backward else f"*{case.dtype}", "scale": "fp32",
         "M": "i32", "D": "i32", "E": "i32", "R": "i32",

@@ -125,16 +125,16 @@ _WITHOUT_EFFECT = (
 )
 # What PEFT calls the children of the layers that it adapts.
 _PEFT_CHILDREN = (
-    *(
-        "base_layer",
-        "lora_dropout",
-        "lora_dropout.default",
-        "lora_A",
-        "lora_A.default",
-        "lora_B",
-        "lora_B.default",
-    ),
-    *("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    "base_layer",
+    "lora_dropout",
+    "lora_dropout.default",
+    "lora_A",
+    "lora_A.default",
+    "lora_B",
+    "lora_B.default",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
 )
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _TASKS = {
@@ -533,7 +533,7 @@ def _also_saved(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_names(model: nn.Module) -> None:
-    """ValueError where PEFT's modules to save overlap, a warning where it would miss a layer's alias."""
+    """ValueError where PEFT would save other modules too, a warning of containers and layers' aliases."""
     saved, also = saved_modules(model), _also_saved(model)
     overlapping = []
     for path, module in also.items():

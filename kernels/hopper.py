@@ -134,6 +134,14 @@ def operands(slot, p_ring, q_ring, DEPTH: gl.constexpr, Q_BY_ROWS: gl.constexpr)
 
 
 @gluon.jit
+def add_bias(acc, bias_ptr, e, E, LAYOUT: gl.constexpr):
+    """acc, a tile of C from column ``e`` on, + bias: (E,)."""
+    offs_e = e + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
+    bias = gl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0)
+    return acc + gl.expand_dims(bias.to(gl.float32), 0)
+
+
+@gluon.jit
 def _halves(c):
     """The left and the right half of a tile, in registers; no data is moved."""
     return gl.split(gl.permute(gl.reshape(c, (c.shape[0], 2, c.shape[1] // 2)), (0, 2, 1)))
@@ -215,9 +223,7 @@ def _consumer(
         mbarrier.arrive(empty.index(last), count=1)
 
         if HAS_BIAS:
-            offs_e = tile_e * BLOCK_E + gl.arange(0, BLOCK_E, gl.SliceLayout(0, ACC_LAYOUT))
-            bias = gl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0)
-            acc = acc + gl.expand_dims(bias.to(gl.float32), 0)
+            acc = add_bias(acc, bias_ptr, tile_e * BLOCK_E, E, ACC_LAYOUT)
         c = acc.to(c_desc.dtype)
         BUFFERS: gl.constexpr = C_BUFFERS // TEAMS
         store_tile(c_desc, c_buffers, c, tile_m * BLOCK_M, tile_e * BLOCK_E, TEAM * BUFFERS, BUFFERS)

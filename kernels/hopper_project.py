@@ -38,6 +38,7 @@ from fastlora.kernels import hopper
 from fastlora.kernels.configs import HOPPER_BUFFERS, HopperProjectConfig
 from fastlora.kernels.hopper import (
     WARPS,
+    add_bias,
     async_load,
     descriptor,
     grouped_tile,
@@ -252,9 +253,7 @@ def _consumer(
             acc, slot, phase = _multiply(rings, D, slot, phase, BLOCK_R, Q_BY_ROWS, LAYOUT)
 
         if HAS_BIAS:
-            offs_e = tile_e * BLOCK_E + gl.arange(0, BLOCK_E, gl.SliceLayout(0, LAYOUT))
-            bias = gl.load(bias_ptr + offs_e, mask=offs_e < E, other=0.0)
-            acc = acc + gl.expand_dims(bias.to(gl.float32), 0)
+            acc = add_bias(acc, bias_ptr, tile_e * BLOCK_E, E, LAYOUT)
         store_tile(c_desc, c_buffers, acc.to(c_desc.dtype), tile_m * BLOCK_M, tile_e * BLOCK_E, 0, C_BUFFERS)
     tma.store_wait(0)
 

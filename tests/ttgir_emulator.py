@@ -546,7 +546,7 @@ class Machine:
     def gpu_barrier(self, op, partition):
         self._fenced_before_barrier[partition] = self._fence_at[partition]
 
-    ttg_barrier = gpu_barrier  # its name in triton 3.9
+    ttg_barrier = gpu_barrier  # its name from triton 3.7 on
 
     def tt_elementwise_inline_asm(self, op, partition, value):
         assert re.match(r' "fence\.proxy\.async\.global; mov\.b32 \$0, \$1;"', op.text), "unknown assembly"
