@@ -14,8 +14,8 @@ import torch
 from problem import AnyProblem, Layer, outputs
 from torch import Tensor
 
-FACTOR = 2.0
-SLACK = 1e-6
+from fastlora.tune import FACTOR, SLACK
+
 FEW_TOKENS, EXTRA_DRAWS = 32, 4
 
 

@@ -5,9 +5,8 @@
 The package need not be installed. The script stops within its minutes and says what it left out. Nothing is
 timed unless the tests marked cuda and fastlora's own checks pass, or --anyway is given. The proof,
 DIR/correctness.json or FILE, records their outcome for the same source, GPU and versions, so that a later
-call goes straight to the tables. To save time, these tests leave out TestFuzz of tests/test_faults.py and
-those of the Hopper loop, which is off by default: the last two sections, one for each of its schedules, run
-them before timing it.
+call goes straight to the tables. To save time, these tests leave out TestFuzz of tests/test_faults.py, layers
+in float32, and the Hopper loops, which are off by default: the last three sections test them before timing.
 
 DIR/gpu.csv        every row, stamped with GPU, driver, torch, triton, commit and date; a later call appends
 DIR/checks.csv     the checks before the tables
@@ -24,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -36,7 +36,7 @@ import threading
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -46,7 +46,16 @@ source_tree.install()
 
 import tiles  # noqa: E402
 import torch  # noqa: E402
-from measure import Checks, Measurement, Plan, base_row, device_works, measure  # noqa: E402
+from measure import (  # noqa: E402
+    Checks,
+    Measurement,
+    Plan,
+    base_row,
+    device_works,
+    failed_rows,
+    measure,
+    one_line,
+)
 from plot import draw  # noqa: E402
 from primitives import PROJECTS, measure_products  # noqa: E402
 from providers import Provider  # noqa: E402
@@ -80,6 +89,8 @@ from shapes import (  # noqa: E402
 )
 from tables import KINDS, TRAINING, select  # noqa: E402
 from timing import Budget  # noqa: E402
+
+from fastlora.device import describe  # noqa: E402
 
 SECTIONS = {
     "correctness": "the tests marked cuda and each provider's check",
@@ -116,23 +127,26 @@ PICTURES = {
 # decoder layers, on the first.
 COMPILE_RANK = 16
 # Seconds that the first unit of a section may take.
-GUESSES = {"training": 45.0, "dropout": 30.0, "group": 30.0, "model": 120.0, "tiles": 30.0}
-GUESSES |= dict.fromkeys(HOPPER_PRODUCTS, 60.0)
+GUESSES = {"training": 45.0, "dropout": 30.0, "group": 30.0, "model": 60.0, "tiles": 30.0}
+GUESSES |= dict.fromkeys(HOPPER_PRODUCTS, 40.0)
 # The tests without which the tables are worthless. Left out: fuzzing, which compiles hundreds of kernels and
-# would take longer than a call's minutes, and tune's own test, whose timing concurrent tests would disturb.
+# would take longer than a call's minutes, layers that are float32 throughout, whose kernels compile several
+# times as long and are never chosen unasked, and tune's own test, whose timing other tests would disturb.
 TESTS = (
-    "tests -m cuda --ignore=tests/test_hopper.py --ignore=tests/test_hopper_project.py "
+    "tests -m cuda -k 'not float32-float32' "
+    "--ignore=tests/test_hopper.py --ignore=tests/test_hopper_project.py "
     "--deselect=tests/test_faults.py::TestFuzz --deselect=tests/test_tune.py::test_on_this_gpu"
 )
 # Seconds that they may take, in several processes: the remaining time is for the tables.
 TESTS_SECONDS, MOST_TEST_PROCESSES = 300.0, 12
+CHECK_SECONDS = 90.0  # and those that the check of the providers may take
 NO_TESTS = 5  # pytest's exit status if it collected no tests
 HOPPER_TESTS = {
     "hopper": ("tests/test_hopper.py", "-k", "not pingpong"),
     "hopper-pingpong": ("tests/test_hopper.py", "-k", "pingpong"),
     PROJECTS: ("tests/test_hopper_project.py",),
 }
-HOPPER_SECONDS = 90.0
+HOPPER_SECONDS, HOPPER_PROCESSES = 90.0, 4
 
 
 @dataclass(frozen=True)
@@ -201,24 +215,32 @@ def units(wanted: set[str], providers: Providers, target: Target, out: Path) -> 
     sections = [name for name in plans if name in wanted or (name == "training" and modes)]
     work = []
     for part in (0, 1):
-        for section in sections:
-            for shape in shapes_of(section, target)[part] if section != "tiles" else ():
-                plan = plans[section]
-                work.append(
-                    _product_unit(shape, plan)
-                    if section == "mainloop"
-                    else _layer_unit(shape, plan, providers)
-                )
+        work += _in_turns(
+            [_unit(shape, plans[section], providers) for shape in shapes_of(section, target)[part]]
+            for section in sections
+            if section != "tiles"
+        )
     if "tiles" in wanted:
         swept = [("h", TINY_SHAPES[1]), ("dA", TINY_SHAPES[1])] if target.dry else tiles.work()
         work += [_tile_unit(product, shape, plans["tiles"], target) for product, shape in swept]
+    loops = []
     for section, found in HOPPER_PRODUCTS.items():
         if section in wanted:
             plan, tests = target.plan(section, found), _hopper_tests(section, target, out)
-            work += [_product_unit(shape, plan, tests) for shape in shapes_of(section, target)[0]]
+            loops.append([_product_unit(shape, plan, tests) for shape in shapes_of(section, target)[0]])
+    work += _in_turns(loops)
     return [
         replace(unit, guess=0.0 if target.dry else GUESSES.get(unit.name.split()[0], 0.0)) for unit in work
     ]
+
+
+def _in_turns(lists: Iterable[list[Unit]]) -> list[Unit]:
+    """The first of each list, then the second of each, and so on: each has its share when time runs out."""
+    return [unit for turn in itertools.zip_longest(*lists) for unit in turn if unit is not None]
+
+
+def _unit(shape: AnyShape, plan: Plan, providers: Providers) -> Unit:
+    return _product_unit(shape, plan) if plan.section == "mainloop" else _layer_unit(shape, plan, providers)
 
 
 def _layer_unit(shape: AnyShape, plan: Plan, providers: Providers) -> Unit:
@@ -240,7 +262,9 @@ def _hopper_tests(section: str, target: Target, out: Path) -> Callable[[], str]:
     """Runs a section's tests of a Hopper kernel, once; a hang of one does not cost the others."""
     tests = [*HOPPER_TESTS[section], "-m", "cuda"]
     log = out / f"{section}.log"
-    return functools.cache(lambda: OK if target.dry else run_tests(tests, log, HOPPER_SECONDS))
+    return functools.cache(
+        lambda: OK if target.dry else run_tests(tests, log, HOPPER_SECONDS, HOPPER_PROCESSES)
+    )
 
 
 def _product_unit(shape: Shape, plan: Plan, tests: Callable[[], str] = lambda: OK) -> Unit:
@@ -249,7 +273,7 @@ def _product_unit(shape: Shape, plan: Plan, tests: Callable[[], str] = lambda: O
         if status == OK:
             return measure_products(shape, plan)
         failed = replace(base_row(shape, plan), provider=plan.section, status=f"check failed: {status}")
-        return Measurement([replace(failed, mode=m, timer=t) for m in plan.modes for t in plan.timers])
+        return Measurement(failed_rows(failed, plan))
 
     return Unit(f"{plan.section} {shape}", run)
 
@@ -327,18 +351,39 @@ def check_providers(providers: Providers, target: Target) -> list[Row]:
     """The status of each provider except torch.compile on the check shapes; nothing is timed."""
     shapes, groups = (TINY_SHAPES, TINY_GROUP_SHAPES) if target.dry else (CHECK_SHAPES, CHECK_GROUPS)
     dtypes = (target.dtype,) if target.dry else (torch.bfloat16, torch.float16)
-    cases = [(shape, dropout) for shape in shapes for dropout in (0.0, 0.1)]
-    rows = []
-    for shape, dropout in (*cases, *((group, 0.0) for group in groups)):
+    cases = [
+        (shape, target.plan("correctness", (), dtype=dtype, bias=True, dropout=dropout))
+        for shape in (*shapes, *groups)
+        for dropout in ((0.0,) if shape in groups else (0.0, 0.1))
         # float16 takes the same paths, but every kernel is compiled again for it: one shape is enough.
-        for dtype in dtypes if shape in shapes[-1:] else dtypes[:1]:
-            plan = target.plan("correctness", (), dtype=dtype, bias=True, dropout=dropout)
-            make = KINDS[type(shape)].make
-            checks = Checks(make(shape, dtype, target.device, bias=True, dropout=dropout))
-            base = base_row(shape, plan)
-            chosen = [provider for provider in providers[type(shape)] if provider.name != "compile"]
-            rows += [replace(base, provider=p.name, status=checks.status(p)) for p in chosen]
+        for dtype in (dtypes if shape == shapes[-1] else dtypes[:1])
+    ]
+    names = ",".join(dict.fromkeys(p.name for chosen in providers.values() for p in chosen))
+    if target.dry:
+        return [row for case in cases for row in check_case(names, *case)]
+    # Nearly all the time is compilation, which the processes share.
+    rows, broken = [], False
+    shares = [tiles.pool()[1].submit(check_case, names, *case) for case in cases]
+    end = time.monotonic() + CHECK_SECONDS
+    for (shape, plan), share in zip(cases, shares, strict=True):
+        try:
+            rows += share.result(timeout=max(0.0, end - time.monotonic()))
+        except Exception as failure:
+            status = f"error: in a process that checks all providers: {one_line(failure)}"
+            rows.append(replace(base_row(shape, plan), provider="fastlora", status=status))
+            broken = True
+    if broken:
+        tiles.end_pool()
     return rows
+
+
+def check_case(names: str, shape: AnyShape, plan: Plan) -> list[Row]:
+    """:func:`check_providers` of those in ``names`` (a comma-separated list) for one shape."""
+    make = KINDS[type(shape)].make
+    checks = Checks(make(shape, plan.dtype, plan.device, bias=plan.bias, dropout=plan.dropout))
+    base = base_row(shape, plan)
+    chosen = [provider for provider in select(names)[type(shape)] if provider.name != "compile"]
+    return [replace(base, provider=p.name, status=checks.status(p)) for p in chosen]
 
 
 def wrong_rows(rows: list[Row]) -> list[Row]:
@@ -360,12 +405,12 @@ def correctness(
     if earlier == valid_for and (status == OK or anyway):
         print(f"correctness: shown by an earlier call ({proof_file}): {status}", flush=True)
         return status
-    status = _correctness(out, providers, target, stamp, tests, seconds)
+    status = run_checks(out, providers, target, stamp, tests, seconds)
     write_json(proof_file, {**valid_for, "status": status})
     return status
 
 
-def _correctness(out: Path, providers: Providers, target: Target, stamp, tests, seconds) -> str:
+def run_checks(out: Path, providers: Providers, target: Target, stamp, tests, seconds) -> str:
     processes = 1 if target.dry else max(1, min(MOST_TEST_PROCESSES, (os.cpu_count() or 1) - 2))
     status = run_tests(tests, out / "tests.log", min(seconds, TESTS_SECONDS), processes)
     print(f"correctness: pytest {' '.join(tests)}: {status}", flush=True)
@@ -420,17 +465,17 @@ class Progress:
 def run_units(work: list[Unit], budget: Budget, writer: CsvWriter, progress: Progress, device) -> None:
     """Measure what the budget allows, writing each unit's rows immediately."""
     progress.left_out = budget.left_out
+
+    def run(unit: Unit) -> None:
+        start = time.monotonic()
+        measured = unit.run().rows
+        writer.write(measured)
+        progress.rows += measured
+        print(f"{unit.name}: {time.monotonic() - start:.1f} s", flush=True)
+
     for unit in work:
-
-        def run(unit: Unit = unit) -> None:
-            start = time.monotonic()
-            measured = unit.run().rows
-            writer.write(measured)
-            progress.rows += measured
-            print(f"{unit.name}: {time.monotonic() - start:.1f} s", flush=True)
-
         try:
-            budget.run(unit.name, run, unit.guess)
+            budget.run(unit.name, functools.partial(run, unit), unit.guess)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         except torch.OutOfMemoryError as error:
@@ -491,6 +536,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default 9)")
     parser.add_argument("--seconds", type=float, default=0.8, help="to spend on one table cell's providers")
     parser.add_argument("--providers", default=None, help="comma-separated (default: all)")
+    parser.add_argument("--without", default=None, help="providers to leave out, comma-separated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument(
         "--timers",
@@ -514,7 +560,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.minutes <= 0:
         parser.error(f"--minutes {arguments.minutes}: expected more than 0")
     try:
-        arguments.providers = select(arguments.providers)
+        arguments.providers = select(arguments.providers, arguments.without)
     except ValueError as error:
         parser.error(str(error))
     return arguments
@@ -554,13 +600,18 @@ def run(
     seconds = arguments.minutes * 60
     allowed = seconds - min(MOST_RESERVE, RESERVE * seconds)
     stamp = environment(target.device)
-    print(stamp, flush=True)
+    print(stamp, describe(target.device), sep="\n", flush=True)
     out, providers = arguments.out, arguments.providers
     tests = shlex.split(TESTS if arguments.tests is None else arguments.tests)
 
     proof_file = arguments.proof or out / "correctness.json"
     status = correctness(out, proof_file, providers, target, stamp, tests, allowed, anyway=arguments.anyway)
-    progress.summary = {"environment": asdict(stamp), "sections": arguments.only, "correctness": status}
+    progress.summary = {
+        "environment": asdict(stamp),
+        "device": asdict(describe(target.device)),
+        "sections": arguments.only,
+        "correctness": status,
+    }
     if status != OK:
         progress.wrong.append(status)
         if not arguments.anyway:

@@ -96,11 +96,7 @@ def measure(
         layers, statuses = _checked_layers(providers, problems)
     for name, status in statuses.items():
         if status != OK:
-            measurement.rows += [
-                replace(base, mode=mode, timer=timer, provider=name, status=status)
-                for mode in plan.modes
-                for timer in plan.timers
-            ]
+            measurement.rows += failed_rows(replace(base, provider=name, status=status), plan)
     memory = {}
     for name in list(layers):
         try:
@@ -110,11 +106,7 @@ def measure(
                 raise
             del layers[name]
             error = f"error: memory of a step: {one_line(failure)}"
-            measurement.rows += [
-                replace(base, mode=mode, timer=timer, provider=name, status=error)
-                for mode in plan.modes
-                for timer in plan.timers
-            ]
+            measurement.rows += failed_rows(replace(base, provider=name, status=error), plan)
     paths = {name: _path(name, problems[0]) for name in layers}
     for mode in plan.modes:
         for timer in plan.timers:
@@ -155,6 +147,11 @@ def base_row(shape: AnyShape, plan: Plan) -> Row:
         timer="",
         provider="",
     )
+
+
+def failed_rows(row: Row, plan: Plan) -> list[Row]:
+    """``row``, which says what is wrong, for every mode and timer of the plan."""
+    return [replace(row, mode=mode, timer=timer) for mode in plan.modes for timer in plan.timers]
 
 
 def with_times(row: Row, timing: Timing, floor: Timing | None) -> Row:

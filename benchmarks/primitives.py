@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from check import FACTOR, SLACK, Error, error
-from measure import CLOCKS, Measurement, Plan, base_row, device_works, one_line, with_times
+from measure import CLOCKS, Measurement, Plan, base_row, device_works, failed_rows, one_line, with_times
 from problem import Problem, make_problem
 from shapes import Shape
 from timing import alternate, captured, input_sets
@@ -317,17 +317,8 @@ def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Me
         makers = [products(problem, schedule, tiles) for problem in problems]
     except RuntimeError as reason:
         raise_out_of_memory(reason)
-        measurement.rows = [
-            replace(
-                base_row(shape, plan),
-                mode=name,
-                timer=timer,
-                provider=TRITON,
-                status=f"unavailable: {reason}",
-            )
-            for name in plan.modes
-            for timer in plan.timers
-        ]
+        row = replace(base_row(shape, plan), provider=TRITON, status=f"unavailable: {reason}")
+        measurement.rows = failed_rows(row, plan)
         return measurement
     for name in plan.modes:
         sets = [maker[name]() for maker in makers]

@@ -286,7 +286,7 @@ def step_table(rows: Iterable[Row], timers: Sequence[str] | None = None) -> str:
     return "\n".join(lines)
 
 
-def noise_warning(rows: Iterable[Row], allowed: float = 1.05) -> str | None:
+def noise_warning(rows: Iterable[Row], allowed: float = 1.02) -> str | None:
     """A warning line if the floor, timed twice in a run, differs too much from itself."""
     ratios = [max(row.ratio, 1 / row.ratio) for row in rows if row.provider == NOISE and row.ratio]
     noisy = sum(ratio > allowed for ratio in ratios)

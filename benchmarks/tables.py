@@ -48,17 +48,24 @@ KINDS: dict[type[AnyShape], Kind] = {
 }
 
 
-def select(names: str | None) -> dict[type[AnyShape], list[Provider]]:
+def select(names: str | None, without: str | None = None) -> dict[type[AnyShape], list[Provider]]:
     """The providers in a comma-separated list, for each kind those that it has, always including the floor.
 
-    None: all. ValueError that lists the known names if some name belongs to no kind.
+    ``names``: None for all. ``without``: those to leave out, None for none. ValueError that lists the known
+    names if some name belongs to no kind.
     """
     known = dict.fromkeys(name for kind in KINDS.values() for name in kind.providers)
-    wanted = known.keys() if names is None else {name.strip() for name in names.split(",")}
-    unknown = sorted(wanted - known.keys())
+    wanted = known.keys() if names is None else _split(names)
+    unwanted = set() if without is None else _split(without)
+    unknown = sorted((wanted | unwanted) - known.keys())
     if unknown:
         raise ValueError(f"unknown providers {', '.join(unknown)}; known: {', '.join(known)}")
+    wanted = wanted - unwanted | {FLOOR}
     return {
-        shape_type: [p for name, p in kind.providers.items() if name in wanted or name == FLOOR]
+        shape_type: [p for name, p in kind.providers.items() if name in wanted]
         for shape_type, kind in KINDS.items()
     }
+
+
+def _split(names: str) -> set[str]:
+    return {name.strip() for name in names.split(",")}

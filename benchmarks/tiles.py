@@ -155,11 +155,20 @@ def measure_tiles(
 
 
 @functools.cache
-def _pool() -> tuple[int, concurrent.futures.ProcessPoolExecutor]:
+def pool() -> tuple[int, concurrent.futures.ProcessPoolExecutor]:
     """The number of workers and their pool, which is kept: starting one takes longer than most shares."""
     workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 1))
     context = multiprocessing.get_context("spawn")
     return workers, concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+
+
+def end_pool() -> None:
+    """End the workers, after one has died or hangs: the next :func:`pool` starts new ones."""
+    executor = pool()[1]
+    for child in multiprocessing.active_children():
+        child.kill()
+    executor.shutdown(wait=False, cancel_futures=True)
+    pool.cache_clear()
 
 
 def wrong_candidates(product: str, shape: Shape, plan: Plan) -> dict[str, str]:
@@ -168,7 +177,7 @@ def wrong_candidates(product: str, shape: Shape, plan: Plan) -> dict[str, str]:
     A process that dies takes down its pool and with it the shares of the others: each of these is then
     retried once, alone.
     """
-    workers, _ = _pool()
+    workers, _ = pool()
     wrong: dict[str, str] = {}
     left = _checked(product, shape, plan, range(workers), wrong)
     for part in left:
@@ -182,13 +191,13 @@ def _checked(
     product: str, shape: Shape, plan: Plan, parts: Iterable[int], wrong: dict[str, str]
 ) -> list[int]:
     """Add failures to ``wrong``; return the shares whose outcome is unknown because a process died."""
-    workers, pool = _pool()
+    workers, executor = pool()
     end = time.monotonic() + CHECK_SECONDS
     left, broken = [], False
     shares = {}
     for part in parts:
         try:
-            shares[part] = pool.submit(check_share, product, shape, plan, part, workers)
+            shares[part] = executor.submit(check_share, product, shape, plan, part, workers)
         except concurrent.futures.process.BrokenProcessPool:  # a process died while idle
             left.append(part)
             broken = True
@@ -202,11 +211,8 @@ def _checked(
             names = _share(product, shape, plan, part, workers)
             wrong |= dict.fromkeys(names, f"error: in one share with others: {one_line(failure)}")
         broken = True
-    if broken:  # later shares need fresh processes
-        for child in multiprocessing.active_children():
-            child.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
-        _pool.cache_clear()
+    if broken:
+        end_pool()
     return left
 
 

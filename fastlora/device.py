@@ -49,15 +49,32 @@ def describe(device: torch.device) -> Device:
         capability=10 * properties.major + properties.minor,
         sms=properties.multi_processor_count,
         rocm=torch.version.hip is not None,
-        bandwidth=_bandwidth(properties),
+        bandwidth=_bandwidth(properties, device),
     )
 
 
-def _bandwidth(properties) -> float:
+def _bandwidth(properties, device: torch.device) -> float:
     """Bytes per second of memory with two transfers per clock; 0 if the driver's values are implausible."""
     kilohertz, bits = (getattr(properties, f"memory_{name}", 0) for name in ("clock_rate", "bus_width"))
+    if not kilohertz or not bits:
+        kilohertz, bits = _clock_and_width(device)
     rate = 2e3 * kilohertz * bits / 8
     return rate if 1e11 < rate < 5e13 else 0.0
+
+
+def _clock_and_width(device: torch.device) -> tuple[int, int]:
+    """The memory's clock in kHz and bus width in bits as Triton's driver reports them, zeros if it cannot.
+
+    CUDA 13 took the clock out of the structure that PyTorch reads; Triton asks for it on its own.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        from triton.runtime import driver
+
+        found = driver.active.utils.get_device_properties(index)
+        return found["mem_clock_rate"], found["mem_bus_width"]
+    except Exception:  # no Triton, or no C compiler for its driver: an estimate does without the rate
+        return 0, 0
 
 
 @contextmanager

@@ -253,7 +253,8 @@ def hopper_asked_for() -> bool:
 
 
 @functools.cache
-def _installed_triton() -> str:
+def installed_triton() -> str:
+    """The installed Triton as "major.minor", "" if none."""
     try:
         found = re.match(r"\d+\.\d+", importlib.metadata.version("triton"))
     except importlib.metadata.PackageNotFoundError:
@@ -262,11 +263,11 @@ def _installed_triton() -> str:
 
 
 def triton_version() -> str:
-    """The installed Triton as "major.minor", "" if none; rows of other versions are not used.
+    """The version that rows name; those of other versions are not used.
 
     ``FASTLORA_HOPPER=1`` changes the kernel of y and dx, so its rows are distinguished by a suffix.
     """
-    version = _installed_triton()
+    version = installed_triton()
     return version + HOPPER if version and hopper_asked_for() else version
 
 

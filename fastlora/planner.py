@@ -33,7 +33,7 @@ _KERNEL_DTYPES = (*_HALF, torch.float32)
 # about 10 us more, which a GPU running a short layer waits for.
 _MARGIN = 2e-6
 # Triton releases with which the Gluon kernel compiles (Gluon's names change), and its minimum of tokens.
-_HOPPER_TRITON = tuple(f"{version}{measured.HOPPER}" for version in ("3.6", "3.7", "3.8", "3.9"))
+_HOPPER_TRITON = ("3.6", "3.7", "3.8", "3.9")
 _HOPPER_TOKENS = 128
 
 
@@ -394,7 +394,7 @@ def hopper_config(problem: Problem, name: str) -> configs.HopperConfig | None:
         return None
     if p.dtype not in _HALF or p.M < _HOPPER_TOKENS or any(size % 8 for size in (p.N, p.K, p.R)):
         return None  # TMA requires rows that start at multiples of 16 bytes.
-    if (p.dropout and name == "dx") or measured.triton_version() not in _HOPPER_TRITON:
+    if (p.dropout and name == "dx") or measured.installed_triton() not in _HOPPER_TRITON:
         return None
     return configs.select_hopper(p.device.tile_sms, p.R)
 
@@ -489,7 +489,7 @@ def _why_one_launch(problem: Problem, config: configs.SmallConfig) -> str | None
         return None
     if not measured.is_aligned("forward", problem.N, problem.K):
         return None
-    one = estimate_small(roofline, problem.device.sms, problem.M, problem.N, problem.K, problem.R, config)
+    one = estimate_small(roofline, problem.M, problem.N, problem.K, problem.R, config)
     apart = sum(min(_times(problem, name, kernel_step(problem, name).config)) for name in ("h", "y"))
     if one > apart:
         return None
@@ -503,15 +503,7 @@ def _estimated(problem: Problem) -> str:
 def _times(problem: Problem, name: str, config) -> tuple[float, float]:
     """Estimated seconds of one step by its kernel and by addmm."""
     primitive, D, E = _sizes(problem, name)
-    dropped = problem.dropout and name == "dx"
+    dropped, wider = problem.dropout and name == "dx", problem.adapter_itemsize > problem.dtype.itemsize
     return estimate(
-        primitive,
-        roofline_of(problem.device),
-        problem.device.sms,
-        problem.M,
-        D,
-        E,
-        problem.R,
-        config,
-        dropped,
+        primitive, roofline_of(problem.device), problem.M, D, E, problem.R, config, dropped, wider
     )

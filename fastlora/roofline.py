@@ -62,17 +62,16 @@ def roofline_of(device: Device) -> Roofline:
         roofline,
         flops=flops * sms / roofline.sms if sms else flops,
         bytes=_COPY_SHARE * bandwidth if bandwidth else roofline.bytes,
+        sms=max(sms, 1),
     )
 
 
-def _share(programs: int, sms: int) -> float:
+def _share(programs: int, roofline: Roofline) -> float:
     """The share of the GPU's rates that this many programs can use."""
-    return min(1.0, programs / max(sms, 1))
+    return min(1.0, programs / roofline.sms)
 
 
-def estimate_small(
-    roofline: Roofline, sms: int, M: int, N: int, K: int, R: int, config: configs.SmallConfig
-) -> float:
+def estimate_small(roofline: Roofline, M: int, N: int, K: int, R: int, config: configs.SmallConfig) -> float:
     """Seconds for h and y together by the kernel for few tokens, in half precision.
 
     W is read from memory once; every program reads x and B from the L2 cache.
@@ -81,28 +80,32 @@ def estimate_small(
     moved = 2 * (N * K + M * (K + N) + R * (K + N))
     cached = 2 * programs * K * (M + R)
     seconds = max(moved / roofline.bytes, (moved + cached) / (roofline.bytes * _L2))
-    return seconds / _share(programs, sms) + LAUNCH
+    return seconds / _share(programs, roofline) + LAUNCH
 
 
 def estimate(
     primitive: str,
     roofline: Roofline,
-    sms: int,
     M: int,
     D: int,
     E: int,
     R: int,
     config,
     dropped: bool = False,
+    wider: bool = False,
 ) -> tuple[float, float]:
-    """Seconds for one half-precision product by the kernel and by addmm: max(operations, bytes) for each.
+    """Seconds for one half-precision product by the kernel and by addmm.
 
-    A kernel with fewer programs than multiprocessors gets only its share of the memory's rate, and its last
-    tiles leave multiprocessors idle; cuBLAS is assumed to split its products so that neither happens. Nothing
-    here was measured beyond the two rates of ``roofline``. ``dropped``: whether gemm's update is dropped out.
+    Each takes as long as its operations or its bytes, whichever take longer, plus its launches. A kernel with
+    fewer programs than multiprocessors gets only its share of the memory's rate, its last tiles leave
+    multiprocessors idle, and what its programs read again comes from the L2 cache; cuBLAS is assumed to split
+    its products so that none of this happens. Nothing here was measured beyond the two rates of ``roofline``.
+
+    ``dropped``: whether gemm's update is dropped out. ``wider``: whether the adapters are wider than the
+    tokens; the kernels read and write them as they are, addmm casts them in a launch of its own.
     """
     rank = max(R, 16)  # tensor-core tiles are at least 16 wide
-    sms = max(sms, 1)
+    sms, casts = roofline.sms, LAUNCH if wider else 0.0
     if primitive == "gemm":
         flops = 2 * M * E * D
         moved = 2 * (M * D + D * E + M * E)
@@ -112,7 +115,7 @@ def estimate(
         rate = roofline.flops * roofline.loop_efficiency * (_MASKED_LOOP if dropped else 1.0)
         triton = max(
             ((flops + 2 * M * E * rank) / rate + mask) * waves * sms / programs,
-            moved / roofline.bytes / _share(programs, sms),
+            moved / roofline.bytes / _share(programs, roofline),
         )
         triton += waves * roofline.tile + LAUNCH
         product = 2 * M * E * rank / roofline.flops
@@ -124,7 +127,7 @@ def estimate(
             # The update is written first; P @ Q is added onto it and overlaps reading it with arithmetic.
             addmm = max(flops / roofline.flops, (moved + 2 * M * E) / roofline.bytes)
             addmm += max(product, 2 * M * E / roofline.bytes)
-        return triton, addmm + 2 * LAUNCH
+        return triton, addmm + 2 * LAUNCH + casts
     flops = 2 * M * D * rank
     moved = 2 * (M * D + M * R + D * R)
     # Every program reads the narrow operand from the L2 cache.
@@ -136,14 +139,13 @@ def estimate(
         programs, launches = tiles * config.splits, 2
         partial = 8 * config.splits * D * R  # fp32, written and read
         cached = 2 * tiles * M * R
-    share = _share(programs, sms)
     triton = max(
         flops / roofline.flops,
         moved / (roofline.bytes * _TRITON_SKINNY),
         (moved + cached) / (roofline.bytes * _L2),
     )
-    triton /= share
+    triton /= _share(programs, roofline)
     triton += partial / roofline.bytes + launches * LAUNCH
-    # cuBLAS returns the sum in the half dtype and leaves the factor alpha to a second, small kernel.
+    # cuBLAS splits the sum over the tokens too, and adds the parts in a second launch.
     addmm = max(flops / roofline.flops, moved / (roofline.bytes * _CUBLAS_SKINNY)) + launches * LAUNCH
-    return triton, addmm
+    return triton, addmm + casts

@@ -26,6 +26,8 @@ it, TTGIR, is emulated (tests/test_hopper.py). The planner therefore chooses it 
 (FASTLORA_HOPPER=1), in the cooperative schedule.
 """
 
+import functools
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -313,8 +315,13 @@ def why_not(*matrices: torch.Tensor) -> str | None:
 
 
 def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    return TensorDescriptor.from_tensor(matrix, block, _layout(*block, matrix.dtype))
+
+
+@functools.cache  # Making one takes three times as long as the rest of a descriptor.
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
 
 
 def gemm(

@@ -1,9 +1,14 @@
 """The benchmark suite's own machinery: its gate, its clocks, its files, and the GPU script end to end."""
 
+import collections
 import contextlib
 import csv
+import functools
+import itertools
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -426,8 +431,11 @@ def test_select_names_the_floor_and_refuses_unknown_names():
     assert {kind: len(table) for kind, table in tables.select(None).items()} == {
         kind: len(table.providers) for kind, table in tables.KINDS.items()
     }
-    with pytest.raises(ValueError, match="unknown providers nothing; known: frozen"):
-        tables.select("peft,nothing")
+    chosen = {kind: {p.name for p in table} for kind, table in tables.select(None, "compile,frozen").items()}
+    assert chosen == {kind: table.providers.keys() - {"compile"} for kind, table in tables.KINDS.items()}
+    for names in (("peft,nothing",), (None, "nothing")):
+        with pytest.raises(ValueError, match="unknown providers nothing; known: frozen"):
+            tables.select(*names)
 
 
 def test_products_are_checked():
@@ -531,21 +539,21 @@ def test_tile_candidates_are_checked_by_other_processes(monkeypatch):
         pytest.skip("the interpreter is off in a process with a GPU")
     monkeypatch.setattr(tiles, "MOST_WORKERS", 2)
     monkeypatch.setattr(tiles.os, "cpu_count", lambda: 3)
-    tiles._pool.cache_clear()
+    tiles.pool.cache_clear()
     shape = Shape(5, 24, 17, 3)
     try:
         assert tiles.wrong_candidates("h", shape, PLAN) == {}
-        for process in list(tiles._pool()[1]._processes.values()):
+        for process in list(tiles.pool()[1]._processes.values()):
             process.kill()
             process.join()
         assert tiles.wrong_candidates("h", shape, PLAN) == {}
-        workers, first = tiles._pool()
+        workers, first = tiles.pool()
         monkeypatch.setattr(tiles, "check_share", os.kill)  # takes no such arguments, and raises
         wrong = tiles.wrong_candidates("h", shape, PLAN)
         everyone = {name for part in (0, 1) for name in tiles._share("h", shape, PLAN, part, workers)}
         assert wrong.keys() == everyone
         assert {status.split(": ")[2] for status in wrong.values()} == {"TypeError"}
-        assert tiles._pool()[1] is not first
+        assert tiles.pool()[1] is not first
 
         monkeypatch.setattr(tiles, "check_share", die_in_share_1)
         wrong = tiles.wrong_candidates("h", shape, PLAN)
@@ -558,8 +566,8 @@ def test_tile_candidates_are_checked_by_other_processes(monkeypatch):
         assert wrong.keys() == set(tiles._share("h", shape, PLAN, 1, workers))
         assert {status.split(": ")[2] for status in wrong.values()} == {"TimeoutError"}
     finally:
-        tiles._pool()[1].shutdown()
-        tiles._pool.cache_clear()
+        tiles.pool()[1].shutdown()
+        tiles.pool.cache_clear()
 
 
 # --- Timing ---
@@ -860,7 +868,7 @@ def test_gpu_script_leaves_out_what_does_not_fit(dry_run, tmp_path, capsys, monk
     monkeypatch.setattr(gpu, "units", counted)
     assert dry_run("--only", "forward", "decode") == 0
     assert started == ["training M33-N40-K48-R4"]
-    left_out = ["training M5-N24-K17-R3", "decode M5-N24-K17-R3"]
+    left_out = ["decode M5-N24-K17-R3", "training M5-N24-K17-R3"]  # the sections take turns
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["left_out"] == left_out
     assert f"left out for lack of time, 2: {', '.join(left_out)}" in capsys.readouterr().out
 
@@ -882,9 +890,9 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
     monkeypatch.setattr(gpu, "run_tests", lambda *_: "no end")
     work = gpu.units(set(gpu.SECTIONS), tables.select(None), target, Path("unused"))
     loops = {"hopper": ("y", "dx"), "hopper-project": ("h+y", "g+dx"), "hopper-pingpong": ("y", "dx")}
-    assert [unit.name.split()[0] for unit in work[-15:]] == [name for name in loops for _ in range(5)]
+    assert [unit.name.split()[0] for unit in work[-15:]] == [*loops] * 5
     assert {unit.name.split()[0] for unit in work[-15 - len(tiles.work()) : -15]} == {"tiles"}
-    for unit, (section, modes) in zip(work[-11::5], loops.items(), strict=True):
+    for unit, (section, modes) in zip(work[-3:], loops.items(), strict=True):
         assert {(row.mode, row.provider, row.status) for row in unit.run().rows} == {
             (mode, section, "check failed: no end") for mode in modes
         }
@@ -892,16 +900,85 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
     for unit in work:
         unit.run()
     assert swept == [(product, ("graph",)) for product, _ in tiles.work()]
-    order = list(dict.fromkeys(section for section, *_ in measured))
-    assert order == ["training", "decode", "host", "dropout", "group", "model"]
-    end_of_model = max(i for i, (section, *_) in enumerate(measured) if section == "model")
-    later = measured[end_of_model + 1 :]
+    order = [section for section, *_ in measured]
+    assert order[:6] == ["training", "decode", "host", "dropout", "group", "model"]
+    assert order[6:11] == ["training", "decode", "dropout", "group", "model"]
+    firsts = {name: len(gpu.shapes_of(name, target)[0]) for name in dict.fromkeys(order)}
+    assert order[: sum(firsts.values())].count("training") == firsts["training"]
+    later = measured[sum(firsts.values()) :]
     assert {section for section, *_ in later} == {"training", "decode", "group"}
     assert all(shape.R != 16 or shape.M == 512 for _, shape, *_ in later)
     groups = {shape.M: modes for section, shape, modes, _ in measured if section == "group"}
     assert groups == {M: ("inference",) if M <= 16 else gpu.TRAINING for M in (8192, 4096, 512, 1, 16)}
     compiled = [shape for section, shape, _, names in measured if section == "model" and "compile" in names]
     assert compiled == shapes.MODEL_SHAPES[:1]
+
+
+def test_the_planned_calls_measure_what_they_name():
+    """Each command of NOTES.md has time for several units of each section, even if they last as guessed."""
+    notes = (ROOT / "benchmarks" / "results" / "NOTES.md").read_text(encoding="utf-8")
+    (plan,) = (block for block in notes.split("```")[1::2] if "benchmarks/gpu.py" in block)
+    calls = [call.replace("\\\n", " ").strip().splitlines() for call in plan.strip().split("\n\n")]
+    assert len(calls) == 3
+    for call in calls:
+        minutes = [float(number) for line in call for number in re.findall(r"--minutes ([\d.]+)", line)]
+        minutes += [float(number) / 60 for line in call for number in re.findall(r"timeout (\d+)", line)]
+        assert sum(minutes) <= 9.0, call
+        for line in call:
+            words = shlex.split(line)
+            if "benchmarks/gpu.py" not in words:
+                continue
+            options = gpu._arguments(words[2:])
+            cuda = torch.device("cuda")
+            target = gpu.Target(cuda, torch.bfloat16, tuple(options.timers), dry=False, seconds=0.8)
+            now = [0.0]
+            budget = timing.Budget(60 * options.minutes - gpu.MOST_RESERVE, clock=lambda now=now: now[0])
+            if "correctness" in options.only:
+                now[0] += 200.0
+            started = collections.Counter()
+
+            def lasting(kind, seconds, now=now, started=started):
+                now[0] += seconds if kind not in started else seconds / 3
+                started[kind] += 1
+
+            for unit in gpu.units(set(options.only), options.providers, target, Path("unused")):
+                kind = unit.name.split()[0]
+                budget.run(unit.name, functools.partial(lasting, kind, unit.guess or 12.0), unit.guess)
+            sections = {gpu_section(name) for name in options.only} - {"correctness"}
+            assert started.keys() == sections
+            assert min(count for kind, count in started.items() if kind != "host") >= 2, started
+
+
+def gpu_section(name):
+    return "training" if name in gpu.TRAINING else name
+
+
+def test_checks_in_processes_of_their_own(monkeypatch):
+    """The providers are checked there, and a case whose process dies is a failure."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off in a process with a GPU")
+    monkeypatch.setattr(tiles, "MOST_WORKERS", 2)
+    monkeypatch.setattr(gpu, "CHECK_SHAPES", [Shape(9, 24, 17, 3)])
+    monkeypatch.setattr(gpu, "CHECK_GROUPS", gpu.TINY_GROUP_SHAPES[1:])
+    target = gpu.Target(CPU, torch.float32, ("cpu",), dry=False, seconds=0.01)
+    tiles.pool.cache_clear()
+    try:
+        rows = gpu.check_providers(tables.select("frozen,fastlora"), target)
+        assert {row.status for row in rows} == {results.OK}
+        assert {(row.M, row.dtype, row.dropout, row.provider) for row in rows} == {
+            *itertools.product((9,), ("bfloat16", "float16"), (0.0, 0.1), ("frozen", "fastlora")),
+            *itertools.product((16,), ("bfloat16",), (0.0,), ("frozen", "fastlora")),
+        }
+        monkeypatch.setattr(gpu, "check_case", die)
+        rows = gpu.check_providers(tables.select("frozen,fastlora"), target)
+        assert len(gpu.wrong_rows(rows)) == len(rows) == 5
+        assert {row.status.split(": ")[2] for row in rows} == {"BrokenProcessPool"}
+    finally:
+        tiles.pool.cache_clear()
+
+
+def die(*arguments):
+    os._exit(1)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,20 @@ def test_bandwidth(properties, bandwidth, monkeypatch):
     assert (device.capability, device.sms) == (90, 132)
 
 
+def test_bandwidth_by_triton(monkeypatch):
+    """CUDA 13 does not tell PyTorch the memory's clock; Triton asks for it on its own."""
+    driver = pytest.importorskip("triton.runtime").driver
+    known = {0: {"mem_clock_rate": 2_619_000, "mem_bus_width": 5120}}
+    fake = SimpleNamespace(utils=SimpleNamespace(get_device_properties=known.__getitem__))
+    monkeypatch.setattr(type(driver), "active", property(lambda self: fake))
+    given = SimpleNamespace(name="X", major=9, minor=0, multi_processor_count=132, memory_bus_width=5120)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: given)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for device in (torch.device("cuda", 0), torch.device("cuda")):
+        assert describe.__wrapped__(device).bandwidth == pytest.approx(3.352e12, rel=1e-3)
+    assert describe.__wrapped__(torch.device("cuda", 1)).bandwidth == 0.0
+
+
 def test_sums_in_float32_is_undone():
     matmul = torch.backends.cuda.matmul
     names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")

@@ -13,11 +13,11 @@ def test_the_estimate():
     """Times are positive, grow with the work, and a faster loop or memory never costs more."""
     roofline = next(iter(ROOFLINES.values()))
     config = configs.select_gemm(80, 4096, 4096, 16, 2, False)
-    small = estimate("gemm", roofline, 108, 4096, 4096, 4096, 16, config)
-    large = estimate("gemm", roofline, 108, 4096, 8192, 4096, 16, config)
+    small = estimate("gemm", roofline, 4096, 4096, 4096, 16, config)
+    large = estimate("gemm", roofline, 4096, 8192, 4096, 16, config)
     assert all(0 < a < b for a, b in zip(small, large, strict=True))
     better = dataclasses.replace(roofline, flops=2 * roofline.flops, bytes=2 * roofline.bytes)
-    faster = estimate("gemm", better, 108, 4096, 4096, 4096, 16, config)
+    faster = estimate("gemm", better, 4096, 4096, 4096, 16, config)
     assert all(a < b for a, b in zip(faster, small, strict=True))
     # Compute-bound: no less than the operations at peak rate, no more than twice that.
     floor = 2 * 4096**3 / roofline.flops
@@ -30,7 +30,7 @@ def test_the_last_tiles_leave_multiprocessors_idle():
     config = configs.select_gemm(80, 8192, 4096, 16, 2, False)
 
     def seconds(rows, columns):
-        return estimate("gemm", roofline, 108, 128 * rows, 4096, 128 * columns, 16, config)[0]
+        return estimate("gemm", roofline, 128 * rows, 4096, 128 * columns, 16, config)[0]
 
     assert seconds(10, 11) == pytest.approx(seconds(12, 18), rel=0.01)
     assert seconds(12, 18) > 1.9 * seconds(9, 12)

@@ -220,7 +220,7 @@ class TestPlan:
 
         def seconds(M, R):
             config = configs.select_small(90, 132, 4096, R, 2)
-            return estimate_small(roofline, 132, M, 4096, 4096, R, config)
+            return estimate_small(roofline, M, 4096, 4096, R, config)
 
         assert 2 * 4096**2 / roofline.bytes < seconds(1, 16) < seconds(1, 64) < seconds(16, 64)
         assert seconds(1, 64) < seconds(1, 256)
