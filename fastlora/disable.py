@@ -41,7 +41,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
       model: call ``backward`` outside.
     - Casts and device moves made inside the block persist. A copy of the model made inside stays frozen.
     - For saved modules, ``state_dict`` warns that it holds original values and ``load_state_dict`` raises
-      ValueError.
+      ValueError. ``model.zero_grad()`` does not reach the gradients of their trained values, an optimizer's
+      ``zero_grad`` does.
     - A merged layer has its unmerged weight inside the block (the original up to rounding).
     - For a model sharded by FSDP2, pass the whole model, not a part of it; its saved modules and merged
       layers refuse a forward pass that records gradients.
@@ -54,8 +55,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: on entry, if the model has no adapted layer, or a saved module whose original values are
-            unknown (it was on the meta device when it was marked) or cannot be put in place (it is offloaded,
-            which would bring the trained values back).
+            unknown (it was on the meta device when it was marked, or has been parametrized since) or cannot
+            be put in place (it is offloaded, which would bring the trained values back).
         TypeError: on entry, if ``model`` is not a module.
     """
     layers = require_layers(model, "disable_adapter")
@@ -68,7 +69,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     if unknown:
         raise ValueError(
             f"disable_adapter: the original values of {listing(unknown)} are unknown: it was on the meta "
-            "device when it was marked to be saved"
+            "device when it was marked to be saved, or has been parametrized since"
         )
     sharded = fully_sharded(model)
     with ExitStack() as blocks:
@@ -100,30 +101,62 @@ def _check_replaceable(roots: Mapping[str, nn.Module]) -> None:
 
 # The modules that blocks of disable_adapter have changed: how to undo it, and how many blocks are open.
 _changes: WeakKeyDictionary[nn.Module, tuple[ExitStack, int]] = WeakKeyDictionary()
-_changes_lock = threading.Lock()
+_changes_lock = threading.RLock()
+# One module for each block that has ended and is still counted. While a thread counts, the garbage collector
+# may end an abandoned block in the same thread, which then must not count as well.
+_ended: list[nn.Module] = []
+_counting = False
 
 
 @contextmanager
 def _changed(module: nn.Module, change: Callable[[Any, ExitStack], None]) -> Iterator[None]:
     """Run ``change(module, undo)`` in the first block that uses the module, and undo it after the last."""
-    with _changes_lock:
-        undo, blocks = _changes.get(module, (ExitStack(), 0))
-        if not blocks:
-            try:
-                change(module, undo)
-            except BaseException:
-                undo.close()
-                raise
-        _changes[module] = undo, blocks + 1
+    _begin_block(module, change)
     try:
         yield
     finally:
+        _ended.append(module)
+        _end_blocks()
+
+
+def _begin_block(module: nn.Module, change: Callable[[Any, ExitStack], None]) -> None:
+    global _counting
+    try:
         with _changes_lock:
-            undo, blocks = _changes.pop(module)
-            if blocks > 1:
-                _changes[module] = undo, blocks - 1
-            else:
-                undo.close()
+            counting, _counting = _counting, True
+            try:
+                undo, blocks = _changes.get(module, (ExitStack(), 0))
+                if not blocks:
+                    try:
+                        change(module, undo)
+                    except BaseException:
+                        undo.close()
+                        raise
+                _changes[module] = undo, blocks + 1
+            finally:
+                _counting = counting
+    finally:
+        _end_blocks()
+
+
+def _end_blocks() -> None:
+    """Count the blocks that have ended, or leave them to the caller below that is counting."""
+    global _counting
+    with _changes_lock:
+        while not _counting:
+            _counting = True
+            try:
+                while _ended:
+                    module = _ended.pop()
+                    undo, blocks = _changes.pop(module)
+                    if blocks > 1:
+                        _changes[module] = undo, blocks - 1
+                    else:
+                        undo.close()
+            finally:
+                _counting = False
+            if not _ended:
+                break
 
 
 def _set(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> None:

@@ -468,7 +468,12 @@ def group_projections(model: nn.Module) -> nn.Module:
     the parent, merged or disabled adapters, hooks on them, sharded weights, different dropouts, inference
     mode. :func:`fastlora.summary` lists the reasons. That siblings take different tensors shows in a call
     and is heeded in later ones for inference; in training each call computes all of them. Within one call
-    of the parent, parameters and alphas must not change between the calls of siblings.
+    of the parent, parameters and alphas must not change between the calls of siblings, nor, in compiled code,
+    the values of their input.
+
+    One autograd node stands for all siblings of a group. If only some of their outputs are used, the adapters
+    of the others get no gradient, as without groups; but their gradient hooks are called, with None, and
+    compiled code gives them gradients of zeros.
 
     Args:
         model: any module; a second call searches for siblings anew.

@@ -89,10 +89,10 @@ class Dropout:
         return self._keep
 
     def kept(self, p: Tensor) -> Tensor:
-        """p: (rows, columns) where it is kept and 0 elsewhere, not yet scaled."""
+        """p: (rows, columns) where it is kept and 0 elsewhere, not yet scaled, in p's dtype."""
         keep = self.keep()
         if keep.dtype != torch.bool:
-            return p * keep
+            return p * keep.to(p.dtype)
         return torch.where(keep, p, _zero(p.dtype) if p.device.type == "cpu" else p.new_zeros(()))
 
 
@@ -106,7 +106,9 @@ def few_mask(x: Tensor, dropout: float, dtype: torch.dtype) -> Tensor | None:
     It is the mask that ``F.dropout`` draws on a CPU in ``dtype`` (multiplying by a bool mask takes twice as
     long), and is kept for backward. It is passed in place of the seed, so only if the caller gave no seed.
     """
-    if x.numel() > _FEW_DROPPED or not _is_plain_cpu(x) or current_mode() != "auto":
+    # The kernels need a seed. Any other path takes a mask too, so that a checkpoint draws the same again even
+    # if it recomputes on another path.
+    if x.numel() > _FEW_DROPPED or not _is_plain_cpu(x) or current_mode() == "triton":
         return None
     shape = (x.shape[0] if x.dim() == 2 else _rows(x), x.shape[-1])
     if dropout >= 1.0:
@@ -279,25 +281,19 @@ def addmm_forward(
     alpha: float,
     drop: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
-    """x: (M, K) -> y: (M, N), h: (M, R): three products, the last one added in place.
-
-    h excludes dropout's scale factor, as :func:`addmm_backward` expects.
-    """
-    scale = alpha if drop is None else alpha * drop.scale
-    dropped = x if drop is None else drop.kept(x)
+    """x: (M, K) -> y: (M, N), h: (M, R): three products, the last one added in place."""
     wide = A.dtype != x.dtype and _is_few_and_wide(x, A)
-    if wide:
-        dropped = dropped.to(A.dtype)
-    elif A.dtype != x.dtype:
+    if A.dtype != x.dtype and not wide:
         A, B = A.to(x.dtype), B.to(x.dtype)
-    h = F.linear(dropped, B)
+    p = x.to(A.dtype) if wide else x
+    h = F.linear(p, B) if drop is None else _scaled_mm(drop.kept(p), B.t(), drop.scale)
     if _update_first(x):
-        y = _scaled_mm(h, A.t(), scale) if bias is None else torch.addmm(bias, h, A.t(), alpha=scale)
+        y = _scaled_mm(h, A.t(), alpha) if bias is None else torch.addmm(bias, h, A.t(), alpha=alpha)
         return y.addmm_(x, weight.t()), h
     y = F.linear(x, weight, bias)
     if wide:
-        return y.add_(F.linear(h, A), alpha=scale), h.to(x.dtype)
-    return y.addmm_(h, A.t(), alpha=scale), h
+        return y.add_(F.linear(h, A), alpha=alpha), h.to(x.dtype)
+    return y.addmm_(h, A.t(), alpha=alpha), h
 
 
 def addmm_backward(
@@ -338,11 +334,11 @@ def addmm_backward(
             else:
                 dx.addmm_(g, B)
         if need_dB:
-            dropped = (x if drop is None else drop.kept(x)).to(g.dtype)
-            dB = torch.mm(g.t(), dropped) if drop is None else _scaled_mm(g.t(), dropped, drop.scale)
+            q = x.to(g.dtype)
+            dB = torch.mm(g.t(), q) if drop is None else _scaled_mm(g.t(), drop.kept(q), drop.scale)
     if need_dA:
-        h, scale = h.to(p.dtype), alpha if drop is None else alpha * drop.scale
-        dA = _scaled_mm(h.t(), p, scale).t().contiguous() if thin else _scaled_mm(p.t(), h, scale)
+        h = h.to(p.dtype)
+        dA = _scaled_mm(h.t(), p, alpha).t().contiguous() if thin else _scaled_mm(p.t(), h, alpha)
     if adapter_dtype != dtype and not wide:
         dA = None if dA is None else dA.to(adapter_dtype)
         dB = None if dB is None else dB.to(adapter_dtype)
@@ -485,7 +481,10 @@ def _forward(
     seed: Tensor | None,
     mode: str,
 ) -> tuple[Tensor, Tensor]:
-    """x: (..., K), weight: (N, K), A: (N, R), B: (R, K) -> y: (..., N), h: (M, R), both in x's dtype."""
+    """x: (..., K), weight: (N, K), A: (N, R), B: (R, K) -> y: (..., N), h: (M, R), both in x's dtype.
+
+    h = drop(x) @ B.T with dropout's factor on every path: the backward pass may take another one.
+    """
     N, K = weight.shape
     R = B.shape[0]
     flat = x.dim() == 2
@@ -547,14 +546,12 @@ def _backward(
     dx = dA = dB = dbias = None
     with _scope(dy):
         plan = _plan(dy.device, dy.dtype, A.dtype, M, N, K, R, dropout > 0.0, mode)
-        # Taken from the whole plan, as in forward, because it decides whether h includes dropout's factor.
-        all_addmm = plan.all_addmm
         if not (need_dA and (need_dx or need_dB)):
             plan = plan.apart
         if need_dbias:
             dbias = dy_2d.sum(0)
         drop = make_dropout(dropout, seed, M, K)
-        if all_addmm:
+        if plan.all_addmm:
             x_2d = x if flat or x is None else x.reshape(M, K)
             dx, dA, dB = addmm_backward(dy_2d, x_2d, weight, A, B, h, alpha, drop, need_dx, need_dA, need_dB)
             return dx if flat or dx is None else dx.reshape(*dy.shape[:-1], K), dA, dB, dbias

@@ -50,7 +50,8 @@ def use_path(mode: str) -> Iterator[None]:
         if eager:
             _set_thread_mode(previous)
             del _open_blocks[block]
-            _mode = next(reversed(_open_blocks.values()), "auto")
+            # A copy, made in one step, as other threads open and close blocks meanwhile.
+            _mode = ["auto", *list(_open_blocks.values())][-1]
         else:
             _mode = previous
 

@@ -66,10 +66,7 @@ class Plan:
 
     @functools.cached_property
     def all_addmm(self) -> bool:
-        """Whether every product uses addmm without a kernel; the layer then runs as one short chain.
-
-        With dropout, forward and backward must agree on this: h includes dropout's factor only if False.
-        """
+        """Whether every product uses addmm without a kernel; the layer then runs as one short chain."""
         steps = [getattr(self, name) for name in self.__dataclass_fields__]
         return all(step.path == "addmm" and step.config is None for step in steps)
 

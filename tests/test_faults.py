@@ -2,7 +2,9 @@
 
 import gc
 import itertools
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -320,6 +322,25 @@ class TestThreads:
             close.set()
             thread.join()
         assert paths._mode == "auto"
+
+    def test_blocks_open_and_close_in_many_threads(self):
+        """A block that ends looks at those of the others, which come and go meanwhile."""
+        interval = sys.getswitchinterval()
+        end = time.monotonic() + 2
+
+        def work():
+            while time.monotonic() < end:
+                with fastlora.use_path("addmm"):
+                    pass
+
+        try:
+            sys.setswitchinterval(1e-6)
+            with threads(8) as pool:
+                for done in [pool.submit(work) for _ in range(8)]:
+                    done.result(timeout=60)
+        finally:
+            sys.setswitchinterval(interval)
+        assert (paths._mode, paths._open_blocks) == ("auto", {})
 
     def test_a_path_is_its_threads_own(self, monkeypatch):
         """Blocks that open and close in turn, in three threads: each call runs on its thread's path."""

@@ -440,6 +440,29 @@ class TestDropout:
         torch.testing.assert_close(dB, y.detach().sum(0).expand(48, 48), rtol=2e-3, atol=0)
 
     @every_run
+    @pytest.mark.parametrize("path", ["auto", "addmm", "reference"])
+    @pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32], ids=dtype_id)
+    def test_checkpoint_recomputes_on_another_path(self, run, path, adapter_dtype):
+        """Forward on one path, the recomputation for backward on another: h means the same on both."""
+        case = tensors(30, 24, 24, 16, torch.float16, adapter_dtype, device=run.device)
+        seed = torch.tensor([5], device=run.device)
+
+        def function(x, A, B):
+            return fastlora.lora_linear(x, case.weight, A, B, 1.7, case.bias, 0.75, seed)
+
+        def gradients(call):
+            x, A, B = (getattr(case, name).detach().requires_grad_() for name in ("x", "A", "B"))
+            with fastlora.use_path(path):
+                y = call(x, A, B)
+            with fastlora.use_path(run.path):
+                return torch.autograd.grad(y, (x, A, B), case.dy)
+
+        plain = gradients(function)
+        recomputed = gradients(lambda *arguments: checkpoint(function, *arguments, use_reentrant=False))
+        for expected, actual in zip(plain, recomputed, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+
+    @every_run
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_checkpoint_recomputes_with_the_same_mask(self, run, reentrant):
         case = tensors(30, 24, 24, 4, torch.float16, device=run.device)

@@ -261,7 +261,7 @@ def test_activations_are_copied_where_the_kernels_would_read_them_slowly(strides
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_dA_alone_of_a_plan_that_makes_it_with_g(monkeypatch, kernels):
-    """h has dropout's factor or not by the forward pass's plan, which may have a kernel that this lacks."""
+    """Whichever plan has made h, with a kernel or without: it has dropout's factor."""
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off in a process with a GPU")
     M, N, K, R, p = 64, 24, 40, 4, 0.5

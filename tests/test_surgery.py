@@ -5,8 +5,10 @@ import copy
 import io
 import pickle
 import re
+import threading
 import warnings
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import cases  # noqa: F401 (one thread)
 import pytest
@@ -17,7 +19,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fastlora
-from fastlora import overview, targets
+from fastlora import disable, overview, targets
 from fastlora.device import Device
 from fastlora.targets import Selector
 
@@ -736,6 +738,55 @@ class TestDisableAdapter:
         with unchanged(model), fastlora.disable_adapter(model):
             assert torch.equal(model(x, mask if masked else None), y)
         assert len(calls) == 4
+
+    @pytest.mark.parametrize("operation", range(5))
+    def test_the_garbage_collector_may_end_an_abandoned_block(self, operation, monkeypatch):
+        """At any moment, that is, also while the same thread begins or ends another block."""
+        model = trained(fastlora.apply_lora(Small(), ["q"]))
+        y = model(ids())
+
+        def streaming():
+            with fastlora.disable_adapter(model):
+                yield
+
+        abandoned = streaming()
+        next(abandoned)
+        left = [operation]
+
+        def collecting(name):
+            def method(self, *arguments):
+                left[0] -= 1
+                if left[0] == 0:
+                    abandoned.close()
+                return getattr(WeakKeyDictionary, name)(self, *arguments)
+
+            return method
+
+        methods = {name: collecting(name) for name in ("get", "pop", "__setitem__")}
+        changes = type("Collecting", (WeakKeyDictionary,), methods)(disable._changes)
+        monkeypatch.setattr(disable, "_changes", changes)
+        left[0] = operation + 1  # not counting the copy above
+
+        def request():
+            with fastlora.disable_adapter(model):
+                model(ids())
+
+        thread = threading.Thread(target=request, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert not abandoned.gi_frame
+        assert (dict(changes), disable._ended) == ({}, [])
+        assert torch.equal(model(ids()), y)
+
+    def test_saved_modules_parametrized_since(self):
+        model = trained(fastlora.apply_lora(Small(), ["q"], modules_to_save=["lm_head"]))
+        nn.utils.parametrizations.weight_norm(model.lm_head)
+        with (
+            pytest.raises(ValueError, match=r"lm_head are unknown.*parametrized since"),
+            fastlora.disable_adapter(model),
+        ):
+            pass
 
     @pytest.mark.parametrize("swap", [False, True])
     def test_casts_and_moves_inside_reach_what_it_has_put_aside(self, swap):
