@@ -362,7 +362,7 @@ def check_providers(providers: Providers, target: Target) -> list[Row]:
     if target.dry:
         return [row for case in cases for row in check_case(names, *case)]
     # Nearly all the time is compilation, which the processes share.
-    rows, broken = [], False
+    rows = []
     shares = [tiles.pool()[1].submit(check_case, names, *case) for case in cases]
     end = time.monotonic() + CHECK_SECONDS
     for (shape, plan), share in zip(cases, shares, strict=True):
@@ -371,9 +371,7 @@ def check_providers(providers: Providers, target: Target) -> list[Row]:
         except Exception as failure:
             status = f"error: in a process that checks all providers: {one_line(failure)}"
             rows.append(replace(base_row(shape, plan), provider="fastlora", status=status))
-            broken = True
-    if broken:
-        tiles.end_pool()
+    tiles.end_pool()  # Even idle processes hold memory of the GPU.
     return rows
 
 

@@ -1,18 +1,22 @@
 """What the compiler reports about every shipped kernel configuration, without a GPU: static.csv.
 
-    python benchmarks/static.py --out DIR [--arch 80 86 89 90 100 120] [--kernel NAME ...] [--keep]
+    python benchmarks/static.py --out DIR [--arch 80 86 89 90 100 120] [--kernel NAME ...] [--every N]
 
 Each row is one kernel with the configuration that ``fastlora.kernels.configs`` selects for one case on one
 architecture, compiled as the launcher would compile it (16-byte aligned pointers, strides and sizes that are
 multiples of 16). Registers, spills and warnings are those that ptxas reports; instructions are counted in the
-machine code. ``tests/test_aot.py`` uses the same rows.
+machine code. static.json says which sources and which Triton the rows are of: while these are the present
+ones, ``tests/test_aot.py`` reads the committed rows and compiles only some of them anew, otherwise all.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -414,6 +418,15 @@ def _instructions(cubin: bytes) -> tuple[str, int, int]:
     return mma if counts[mma] else "none", counts[mma], len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", sass))
 
 
+def origin() -> dict[str, str]:
+    """What the rows depend on: Triton's version and a digest of the kernels' sources and of this file."""
+    here = Path(__file__).resolve()
+    digest = hashlib.sha256()
+    for path in (here, *sorted((here.parents[1] / "kernels").glob("*.py"))):
+        digest.update(path.name.encode() + path.read_bytes())
+    return {"triton": triton.__version__, "source": digest.hexdigest()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of static.csv")
@@ -421,13 +434,25 @@ def main() -> None:
     parser.add_argument(
         "--arch", type=int, nargs="+", default=ARCHS, choices=ARCHS, help="compute capabilities"
     )
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each kernel and architecture only every N-th case",
+    )
     parser.add_argument("--keep", action="store_true", help="also N.ttgir and N.ptx of the N-th row, from 0")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with open(arguments.out / "static.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
-        chosen = [case for case in cases(tuple(arguments.arch)) if case.kernel in arguments.kernel]
+        seen: collections.Counter[tuple[str, int]] = collections.Counter()
+        chosen = []
+        for case in cases(tuple(arguments.arch)):
+            if case.kernel in arguments.kernel and seen[case.kernel, case.arch] % arguments.every == 0:
+                chosen.append(case)
+            seen[case.kernel, case.arch] += 1
         for number, case in enumerate(chosen):
             compiled, texts = compile_case(case)
             row = dataclasses.asdict(compiled)
@@ -437,6 +462,7 @@ def main() -> None:
                 for name, text in texts.items():
                     (arguments.out / f"{number}.{name}").write_text(text)
             print(*(row[key] for key in row if key != "config"), "|", row["config"])
+    (arguments.out / "static.json").write_text(json.dumps(origin(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def pool() -> tuple[int, concurrent.futures.ProcessPoolExecutor]:
 
 
 def end_pool() -> None:
-    """End the workers, after one has died or hangs: the next :func:`pool` starts new ones."""
+    """End the workers, even one that hangs; the next :func:`pool` starts new ones."""
     executor = pool()[1]
     for child in multiprocessing.active_children():
         child.kill()

@@ -5,6 +5,10 @@ import os
 import sys
 from pathlib import Path
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Before torch is imported: its threads wait busily, so each process gets its share of the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import torch
 
 CUDA = torch.cuda.is_available()

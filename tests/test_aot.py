@@ -1,6 +1,7 @@
 """Every shipped configuration compiled for its own architecture, no GPU needed: the rows of static.csv."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,34 +13,57 @@ from fastlora.kernels import configs
 
 ROOT = Path(__file__).parents[1]
 STATIC = ROOT / "benchmarks" / "static.py"
+RESULTS = ROOT / "benchmarks" / "results"
 ARCHS = sorted(configs.SHARED_MEMORY)
 # Bytes per thread. The configurations are chosen for Triton 3.6. Of the same cases, none spills with 3.7.1,
 # two spill 8 or 16 bytes with 3.8.0, three with 3.9.0.
 SPILLS = 0 if triton.__version__.startswith(("3.6.", "3.7.")) else 16
 
 
-@pytest.fixture(scope="session")
-def static_rows(tmp_path_factory):
-    """The rows of all architectures, compiled by two processes of their own with the interpreter off."""
-    folders = [tmp_path_factory.mktemp("static") for _ in range(2)]
-    halves = (ARCHS[::2], ARCHS[1::2])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(STATIC), "--out", str(folder), "--arch", *map(str, archs)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for folder, archs in zip(folders, halves, strict=True)
-    ]
-    outputs = [worker.communicate()[0] for worker in workers]
-    for worker, output in zip(workers, outputs, strict=True):
+def rows_in(folder):
+    with open(folder / "static.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def compile_rows(folder, archs, *options):
+    """Rows made now, by a process of its own with the interpreter off."""
+    command = [sys.executable, str(STATIC), "--out", str(folder), "--arch", *map(str, archs), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def compiled_by_two(make_folder, *options):
+    """The rows of all architectures, compiled by two processes."""
+    halves = {make_folder("static"): archs for archs in (ARCHS[::2], ARCHS[1::2])}
+    workers = [compile_rows(folder, archs, *options) for folder, archs in halves.items()]
+    for worker in workers:
+        output = worker.communicate()[0]
         assert worker.returncode == 0, output
-    rows = []
-    for folder in folders:
-        with open(folder / "static.csv", newline="") as file:
-            rows += list(csv.DictReader(file))
-    return rows
+    return [row for folder in halves for row in rows_in(folder)]
+
+
+@pytest.fixture(scope="session")
+def committed():
+    """The committed rows, None unless they are of the present sources and Triton."""
+    program = "import json, sys; sys.path[0] = sys.argv[1]; import static; print(json.dumps(static.origin()))"
+    command = [sys.executable, "-c", program, str(STATIC.parent)]
+    origin = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = json.loads((RESULTS / "static.json").read_text())
+    return rows_in(RESULTS) if found == origin else None
+
+
+@pytest.fixture(scope="session")
+def static_rows(committed, tmp_path_factory):
+    return compiled_by_two(tmp_path_factory.mktemp) if committed is None else committed
+
+
+def test_committed_rows_are_what_the_compiler_makes(committed, tmp_path_factory):
+    """Of every kernel on every architecture; the full comparison takes ten minutes."""
+    if committed is None:
+        pytest.skip("the other tests have compiled all rows anew")
+    made = compiled_by_two(tmp_path_factory.mktemp, "--every", "15")
+    assert {(row["kernel"], row["arch"]) for row in made} == {(r["kernel"], r["arch"]) for r in committed}
+    for row in made:
+        assert row in committed, describe(row)
 
 
 @pytest.fixture(params=ARCHS)
