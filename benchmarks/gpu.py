@@ -6,7 +6,8 @@ The package need not be installed. The script stops within its minutes and says 
 timed unless the tests marked cuda and fastlora's own checks pass, or --anyway is given. The proof,
 DIR/correctness.json or FILE, records their outcome for the same source, GPU and versions, so that a later
 call goes straight to the tables. To save time, these tests leave out TestFuzz of tests/test_faults.py, layers
-in float32, and the Hopper loops, which are off by default: the last three sections test them before timing.
+and autocast in float32, tune's own timing, and the Hopper loops, which are off by default: the last three
+sections test them before timing.
 
 DIR/gpu.csv        every row, stamped with GPU, driver, torch, triton, commit and date; a later call appends
 DIR/checks.csv     the checks before the tables
@@ -37,6 +38,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -347,8 +349,11 @@ def run_tests(arguments: list[str], log: Path, seconds: float, processes: int = 
         return OK if passed > 0 else f"no test passed ({counts['skipped']} skipped)"
 
 
-def check_providers(providers: Providers, target: Target) -> list[Row]:
-    """The status of each provider except torch.compile on the check shapes; nothing is timed."""
+def check_providers(providers: Providers, target: Target, seconds: float = CHECK_SECONDS) -> list[Row]:
+    """The status of each provider except torch.compile on the check shapes; nothing is timed.
+
+    A case that is not checked in time, or whose process dies even alone, counts as fastlora's fault.
+    """
     shapes, groups = (TINY_SHAPES, TINY_GROUP_SHAPES) if target.dry else (CHECK_SHAPES, CHECK_GROUPS)
     dtypes = (target.dtype,) if target.dry else (torch.bfloat16, torch.float16)
     cases = [
@@ -361,18 +366,41 @@ def check_providers(providers: Providers, target: Target) -> list[Row]:
     names = ",".join(dict.fromkeys(p.name for chosen in providers.values() for p in chosen))
     if target.dry:
         return [row for case in cases for row in check_case(names, *case)]
-    # Nearly all the time is compilation, which the processes share.
-    rows = []
-    shares = [tiles.pool()[1].submit(check_case, names, *case) for case in cases]
-    end = time.monotonic() + CHECK_SECONDS
-    for (shape, plan), share in zip(cases, shares, strict=True):
-        try:
-            rows += share.result(timeout=max(0.0, end - time.monotonic()))
-        except Exception as failure:
-            status = f"error: in a process that checks all providers: {one_line(failure)}"
+    # Nearly all the time is compilation, which the processes share. One that dies takes the others along: the
+    # cases that it leaves are checked again, one at a time.
+    end = time.monotonic() + min(seconds, CHECK_SECONDS)
+    rows, left = _checked(names, cases, end)
+    for case, _ in left:
+        more, failed = _checked(names, [case], end)
+        rows += more
+        for (shape, plan), why in failed:
+            status = f"error: in a process that checks all providers: {why}"
             rows.append(replace(base_row(shape, plan), provider="fastlora", status=status))
     tiles.end_pool()  # Even idle processes hold memory of the GPU.
     return rows
+
+
+Case = tuple[AnyShape, Plan]
+
+
+def _checked(names: str, cases: list[Case], end: float) -> tuple[list[Row], list[tuple[Case, str]]]:
+    """The rows of :func:`check_case` from other processes, and the cases that got none, with the reason."""
+    executor = tiles.pool()[1]
+    rows: list[Row] = []
+    left, shares = [], []
+    for case in cases:
+        try:
+            shares.append((case, executor.submit(check_case, names, *case)))
+        except BrokenProcessPool as failure:  # a process has died already
+            left.append((case, one_line(failure)))
+    for case, share in shares:
+        try:
+            rows += share.result(timeout=max(0.0, end - time.monotonic()))
+        except Exception as failure:
+            left.append((case, one_line(failure)))
+    if left:
+        tiles.end_pool()
+    return rows, left
 
 
 def check_case(names: str, shape: AnyShape, plan: Plan) -> list[Row]:
@@ -410,12 +438,13 @@ def correctness(
 
 def run_checks(out: Path, providers: Providers, target: Target, stamp, tests, seconds) -> str:
     processes = 1 if target.dry else max(1, min(MOST_TEST_PROCESSES, (os.cpu_count() or 1) - 2))
+    start = time.monotonic()
     status = run_tests(tests, out / "tests.log", min(seconds, TESTS_SECONDS), processes)
     print(f"correctness: pytest {' '.join(tests)}: {status}", flush=True)
     if status != OK:
         print((out / "tests.log").read_text(encoding="utf-8")[-3000:], flush=True)
         return status
-    rows = check_providers(providers, target)
+    rows = check_providers(providers, target, seconds - (time.monotonic() - start))
     writer = CsvWriter(out / "checks.csv", stamp)
     writer.write(rows)
     writer.close()
@@ -602,14 +631,15 @@ def run(
     out, providers = arguments.out, arguments.providers
     tests = shlex.split(TESTS if arguments.tests is None else arguments.tests)
 
-    proof_file = arguments.proof or out / "correctness.json"
-    status = correctness(out, proof_file, providers, target, stamp, tests, allowed, anyway=arguments.anyway)
     progress.summary = {
         "environment": asdict(stamp),
         "device": asdict(describe(target.device)),
         "sections": arguments.only,
-        "correctness": status,
+        "correctness": "not ended",
     }
+    proof_file = arguments.proof or out / "correctness.json"
+    status = correctness(out, proof_file, providers, target, stamp, tests, allowed, anyway=arguments.anyway)
+    progress.summary["correctness"] = status
     if status != OK:
         progress.wrong.append(status)
         if not arguments.anyway:

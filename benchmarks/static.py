@@ -5,8 +5,9 @@
 Each row is one kernel with the configuration that ``fastlora.kernels.configs`` selects for one case on one
 architecture, compiled as the launcher would compile it (16-byte aligned pointers, strides and sizes that are
 multiples of 16). Registers, spills and warnings are those that ptxas reports; instructions are counted in the
-machine code. static.json says which sources and which Triton the rows are of: while these are the present
-ones, ``tests/test_aot.py`` reads the committed rows and compiles only some of them anew, otherwise all.
+machine code. After a run of all cases, static.json says which sources and which Triton the rows are of: while
+these are the present ones, ``tests/test_aot.py`` reads the committed rows and compiles some of them anew,
+otherwise all.
 """
 
 from __future__ import annotations
@@ -418,13 +419,17 @@ def _instructions(cubin: bytes) -> tuple[str, int, int]:
     return mma if counts[mma] else "none", counts[mma], len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", sass))
 
 
-def origin() -> dict[str, str]:
-    """What the rows depend on: Triton's version and a digest of the kernels' sources and of this file."""
+def origin(rows: Path) -> dict[str, str]:
+    """What the rows depend on: Triton, the sources of the kernels and of this file; and the rows' digest."""
     here = Path(__file__).resolve()
-    digest = hashlib.sha256()
+    sources = hashlib.sha256()
     for path in (here, *sorted((here.parents[1] / "kernels").glob("*.py"))):
-        digest.update(path.name.encode() + path.read_bytes())
-    return {"triton": triton.__version__, "source": digest.hexdigest()}
+        sources.update(path.name.encode() + path.read_bytes())
+    return {
+        "triton": triton.__version__,
+        "sources": sources.hexdigest(),
+        "rows": hashlib.sha256(rows.read_bytes()).hexdigest(),
+    }
 
 
 def main() -> None:
@@ -462,7 +467,9 @@ def main() -> None:
                 for name, text in texts.items():
                     (arguments.out / f"{number}.{name}").write_text(text)
             print(*(row[key] for key in row if key != "config"), "|", row["config"])
-    (arguments.out / "static.json").write_text(json.dumps(origin(), indent=2) + "\n")
+    if chosen == cases():
+        text = json.dumps(origin(arguments.out / "static.csv"), indent=2)
+        (arguments.out / "static.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

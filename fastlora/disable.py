@@ -113,6 +113,7 @@ def _changed(module: nn.Module, change: Callable[[Any, ExitStack], None]) -> Ite
     """Run ``change(module, undo)`` in the first block that uses the module, and undo it after the last."""
     _begin_block(module, change)
     try:
+        _end_blocks()
         yield
     finally:
         _ended.append(module)
@@ -121,26 +122,24 @@ def _changed(module: nn.Module, change: Callable[[Any, ExitStack], None]) -> Ite
 
 def _begin_block(module: nn.Module, change: Callable[[Any, ExitStack], None]) -> None:
     global _counting
-    try:
-        with _changes_lock:
-            counting, _counting = _counting, True
+    with _changes_lock:
+        counting, _counting = _counting, True
+        try:
+            undo, blocks = _changes.get(module, (ExitStack(), 0))
             try:
-                undo, blocks = _changes.get(module, (ExitStack(), 0))
                 if not blocks:
-                    try:
-                        change(module, undo)
-                    except BaseException:
-                        undo.close()
-                        raise
+                    change(module, undo)
                 _changes[module] = undo, blocks + 1
-            finally:
-                _counting = counting
-    finally:
-        _end_blocks()
+            except BaseException:
+                if not blocks:
+                    undo.close()
+                raise
+        finally:
+            _counting = counting
 
 
 def _end_blocks() -> None:
-    """Count the blocks that have ended, or leave them to the caller below that is counting."""
+    """Count the blocks that have ended, or leave them to whoever is counting, further down or next."""
     global _counting
     with _changes_lock:
         while not _counting:

@@ -838,69 +838,48 @@ _group_forward_operator = _register("group_forward", _group_forward, _fake_group
 _group_backward_operator = _register("group_backward", _group_backward_results, _fake_group_backward)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _is_dispatched(tensor: Tensor) -> bool:
-    """Whether compiled code, a dispatch mode (selective checkpointing) or a subclass (fake) has a say."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    return type(tensor) not in _PLAIN
-
-
 def _is_plain_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not _is_dispatched(tensor)
+    """Whether the operator's dispatch would only add overhead, which matters in a small CPU call.
 
-
-def _are_in_memory(values: Iterable[object]) -> bool:
-    """Whether a kernel finds the values of all tensors, in nested lists too, in their memory.
-
-    The dispatcher materialises negated and zero tensors, and takes those of ``is_grads_batched`` apart.
+    Tensor subclasses (including fake tensors), dispatch modes (selective checkpointing) and compiled code
+    need the operator.
     """
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    for value in values:
-        if isinstance(value, Tensor):
-            if type(value) not in _PLAIN or value.is_neg() or value._is_zerotensor() or batched(value):
-                return False
-        elif isinstance(value, (list, tuple)) and not _are_in_memory(value):
-            return False
-    return True
-
-
-def _is_direct(tensor: Tensor, arguments: Sequence[Any]) -> bool:
-    """Whether a call bypasses the operator, whose dispatch takes longer than the rest of a small call.
-
-    ``tensor``: the one that decides the device. ``arguments``: the others; the last is the mode.
-    """
-    if _is_dispatched(tensor):
-        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
-            flops.register_where_counted()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    kind = tensor.device.type
-    if kind == "cpu" and arguments[-1] != "triton":
+    kind = type(tensor)
+    return tensor.device.type == "cpu" and (kind is Tensor or kind is torch.nn.Parameter)
+
+
+def _is_direct(tensor: Tensor, mode: str) -> bool:
+    """Whether a call bypasses the operator.
+
+    Not under use_path("triton"): the dispatcher materialises negated and zero tensors, whose values Triton's
+    interpreter would not find in memory.
+    """
+    if mode != "triton" and _is_plain_cpu(tensor):
         return True
-    if kind not in ("cpu", "cuda") or torch._C._are_functorch_transforms_active():
-        return False
-    return _are_in_memory((tensor, *arguments))
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        flops.register_where_counted()
+    return False
 
 
 def lora_forward(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """y: (..., N) and h: (M, R), for the arguments of ``fastlora::lora_forward``."""
-    return (_forward if _is_direct(x, arguments) else _forward_operator)(x, *arguments)
+    return (_forward if _is_direct(x, arguments[-1]) else _forward_operator)(x, *arguments)
 
 
 def lora_backward(dy: Tensor, *arguments) -> tuple[Tensor | None, ...]:
     """dx, dA, dB, dbias, for the arguments of ``fastlora::lora_backward``; meaningless if not needed."""
-    return (_backward if _is_direct(dy, arguments) else _backward_operator)(dy, *arguments)
+    return (_backward if _is_direct(dy, arguments[-1]) else _backward_operator)(dy, *arguments)
 
 
 def group_forward(x: Tensor, *arguments) -> list[Tensor]:
     """Each y: (..., N_i), then h: (M, sum of R_i), for the arguments of ``fastlora::group_forward``."""
-    return (_group_forward if _is_direct(x, arguments) else _group_forward_operator)(x, *arguments)
+    return (_group_forward if _is_direct(x, arguments[-1]) else _group_forward_operator)(x, *arguments)
 
 
 def group_backward(dys: Sequence[Tensor | None], *arguments) -> list[Tensor | None]:
     """The results of ``fastlora::group_backward``; meaningless if not needed."""
     first = next(dy for dy in dys if dy is not None)
-    operator = _group_backward if _is_direct(first, (dys, *arguments)) else _group_backward_operator
+    operator = _group_backward if _is_direct(first, arguments[-1]) else _group_backward_operator
     return operator(dys, *arguments)

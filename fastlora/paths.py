@@ -38,22 +38,38 @@ def use_path(mode: str) -> Iterator[None]:
     global _mode
     if mode not in MODES:
         raise ValueError(f"use_path: unknown path {mode!r}, expected one of {', '.join(map(repr, MODES))}")
-    previous, _mode = current_mode(), mode
+    previous = current_mode()
     eager = not torch.compiler.is_compiling()
     if eager:
         block = object()
         _open_blocks[block] = mode
+        _follow_newest_block()
         _set_thread_mode(mode)
+    else:
+        _mode = mode
     try:
         yield
     finally:
         if eager:
             _set_thread_mode(previous)
             del _open_blocks[block]
-            # A copy, made in one step, as other threads open and close blocks meanwhile.
-            _mode = ["auto", *list(_open_blocks.values())][-1]
+            _follow_newest_block()
         else:
             _mode = previous
+
+
+def _newest_mode() -> str:
+    # A copy, made in one step, as other threads open and close blocks meanwhile.
+    return ["auto", *list(_open_blocks.values())][-1]
+
+
+def _follow_newest_block() -> None:
+    """Set the mode of compiled code. Whoever comes last finds that nothing has changed since, and stops."""
+    global _mode
+    while True:
+        _mode = newest = _newest_mode()
+        if newest == _newest_mode():
+            return
 
 
 def _set_thread_mode(mode: str) -> None:

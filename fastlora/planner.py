@@ -486,7 +486,8 @@ def _why_one_launch(problem: Problem, config: configs.SmallConfig) -> str | None
         return None
     if not measured.is_aligned("forward", problem.N, problem.K):
         return None
-    one = estimate_small(roofline, problem.M, problem.N, problem.K, problem.R, config)
+    p = problem
+    one = estimate_small(roofline, p.M, p.N, p.K, p.R, config, p.adapter_itemsize)
     apart = sum(min(_times(problem, name, kernel_step(problem, name).config)) for name in ("h", "y"))
     if one > apart:
         return None
@@ -500,7 +501,14 @@ def _estimated(problem: Problem) -> str:
 def _times(problem: Problem, name: str, config) -> tuple[float, float]:
     """Estimated seconds of one step by its kernel and by addmm."""
     primitive, D, E = _sizes(problem, name)
-    dropped, wider = problem.dropout and name == "dx", problem.adapter_itemsize > problem.dtype.itemsize
     return estimate(
-        primitive, roofline_of(problem.device), problem.M, D, E, problem.R, config, dropped, wider
+        primitive,
+        roofline_of(problem.device),
+        problem.M,
+        D,
+        E,
+        problem.R,
+        config,
+        problem.dropout and name == "dx",
+        problem.adapter_itemsize,
     )

@@ -71,14 +71,16 @@ def _share(programs: int, roofline: Roofline) -> float:
     return min(1.0, programs / roofline.sms)
 
 
-def estimate_small(roofline: Roofline, M: int, N: int, K: int, R: int, config: configs.SmallConfig) -> float:
+def estimate_small(
+    roofline: Roofline, M: int, N: int, K: int, R: int, config: configs.SmallConfig, adapter_itemsize: int = 2
+) -> float:
     """Seconds for h and y together by the kernel for few tokens, in half precision.
 
-    W is read from memory once; every program reads x and B from the L2 cache.
+    W is read from memory once; every program reads x and B, in its own dtype, from the L2 cache.
     """
     programs = -(-N // config.block_n)
-    moved = 2 * (N * K + M * (K + N) + R * (K + N))
-    cached = 2 * programs * K * (M + R)
+    moved = 2 * (N * K + M * (K + N)) + adapter_itemsize * R * (K + N)
+    cached = programs * K * (2 * M + adapter_itemsize * R)
     seconds = max(moved / roofline.bytes, (moved + cached) / (roofline.bytes * _L2))
     return seconds / _share(programs, roofline) + LAUNCH
 
@@ -92,7 +94,7 @@ def estimate(
     R: int,
     config,
     dropped: bool = False,
-    wider: bool = False,
+    adapter_itemsize: int = 2,
 ) -> tuple[float, float]:
     """Seconds for one half-precision product by the kernel and by addmm.
 
@@ -101,11 +103,11 @@ def estimate(
     multiprocessors idle, and what its programs read again comes from the L2 cache; cuBLAS is assumed to split
     its products so that none of this happens. Nothing here was measured beyond the two rates of ``roofline``.
 
-    ``dropped``: whether gemm's update is dropped out. ``wider``: whether the adapters are wider than the
-    tokens; the kernels read and write them as they are, addmm casts them in a launch of its own.
+    ``dropped``: whether gemm's update is dropped out. ``adapter_itemsize``: bytes per element of A and B; the
+    kernels read and write wider ones as they are, addmm casts them in a launch of its own.
     """
     rank = max(R, 16)  # tensor-core tiles are at least 16 wide
-    sms, casts = roofline.sms, LAUNCH if wider else 0.0
+    sms, casts = roofline.sms, LAUNCH if adapter_itemsize > 2 else 0.0
     if primitive == "gemm":
         flops = 2 * M * E * D
         moved = 2 * (M * D + D * E + M * E)
@@ -127,13 +129,14 @@ def estimate(
             # The update is written first; P @ Q is added onto it and overlaps reading it with arithmetic.
             addmm = max(flops / roofline.flops, (moved + 2 * M * E) / roofline.bytes)
             addmm += max(product, 2 * M * E / roofline.bytes)
-        return triton, addmm + 2 * LAUNCH + casts
+        # The kernel that adds a dropped update casts as it reads.
+        return triton, addmm + 2 * LAUNCH + (0.0 if dropped else casts)
     flops = 2 * M * D * rank
     moved = 2 * (M * D + M * R + D * R)
     # Every program reads the narrow operand from the L2 cache.
     if primitive == "project":
         programs, partial, launches = -(-M // config.block_m), 0, 1
-        cached = 2 * programs * D * R
+        cached = programs * D * R * adapter_itemsize
     else:
         tiles = -(-D // config.block_d)
         programs, launches = tiles * config.splits, 2

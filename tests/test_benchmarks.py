@@ -969,16 +969,25 @@ def test_checks_in_processes_of_their_own(monkeypatch):
             *itertools.product((9,), ("bfloat16", "float16"), (0.0, 0.1), ("frozen", "fastlora")),
             *itertools.product((16,), ("bfloat16",), (0.0,), ("frozen", "fastlora")),
         }
-        monkeypatch.setattr(gpu, "check_case", die)
+        monkeypatch.setattr(gpu, "check_case", dies_with_a_mask)
         rows = gpu.check_providers(tables.select("frozen,fastlora"), target)
-        assert len(gpu.wrong_rows(rows)) == len(rows) == 5
-        assert {row.status.split(": ")[2] for row in rows} == {"BrokenProcessPool"}
+        wrong = gpu.wrong_rows(rows)
+        assert [(row.dtype, row.dropout) for row in wrong] == [("bfloat16", 0.1), ("float16", 0.1)]
+        assert {row.status.split(": ")[2] for row in wrong} == {"BrokenProcessPool"}
+        assert len(rows) == 2 + 3 * 2
+        rows = gpu.check_providers(tables.select("frozen,fastlora"), target, seconds=0.0)
+        assert {row.status.split(": ")[2] for row in rows} == {"TimeoutError"}
     finally:
         tiles.pool.cache_clear()
 
 
-def die(*arguments):
-    os._exit(1)
+def dies_with_a_mask(names, shape, plan):
+    if plan.dropout:
+        os._exit(1)
+    return CHECK_CASE(names, shape, plan)
+
+
+CHECK_CASE = gpu.check_case
 
 
 @pytest.mark.parametrize(

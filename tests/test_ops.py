@@ -231,32 +231,6 @@ def test_tensors_whose_memory_does_not_hold_their_values(run, rows, special):
         torch.testing.assert_close(got, expected)
 
 
-OPERATORS = ("_forward_operator", "_backward_operator", "_group_forward_operator", "_group_backward_operator")
-
-
-@every_run
-def test_plain_tensors_bypass_the_operators(run, monkeypatch):
-    """Their dispatch takes longer than the rest of a small call. Batched gradients need it for kernels."""
-    case = tensors(3, 24, 40, 4, torch.float32, device=run.device)
-    leaves = tuple(t.detach().requires_grad_() for t in (case.x, case.A, case.B))
-
-    def one(x, A, B):
-        return fastlora.lora_linear(x, case.weight, A, B, 1.5, case.bias)
-
-    def group(x, A, B):
-        return fastlora.lora_linear_group(x, [case.weight] * 2, [A] * 2, [B] * 2, [1.0, 2.0])
-
-    with fastlora.use_path(run.path):
-        y, rows = one(*leaves), torch.stack([case.dy, 2 * case.dy])
-        batched = torch.autograd.grad(y, leaves, rows, is_grads_batched=True)
-        for name in OPERATORS:
-            monkeypatch.setattr(ops, name, lambda *arguments: pytest.fail("dispatched"))
-        gradients = torch.autograd.grad(one(*leaves), leaves, case.dy)
-        torch.autograd.grad(group(*leaves), leaves, [case.dy] * 2)
-    for several, gradient in zip(batched, gradients, strict=True):
-        torch.testing.assert_close(several, torch.stack([gradient, 2 * gradient]))
-
-
 @pytest.mark.parametrize(
     ("strides", "offset", "copied"),
     [

@@ -6,7 +6,7 @@ import pytest
 
 from fastlora.device import Device
 from fastlora.kernels import configs
-from fastlora.roofline import ROOFLINES, estimate, roofline_of
+from fastlora.roofline import LAUNCH, ROOFLINES, estimate, estimate_small, roofline_of
 
 
 def test_the_estimate():
@@ -41,3 +41,27 @@ def test_geforce_sums_at_half_the_rate():
     geforce = dataclasses.replace(workstation, name="NVIDIA GeForce RTX 4090")
     for device, factor in ((workstation, 1), (geforce, 2)):
         assert roofline_of(device).flops * factor == pytest.approx(362e12 * 128 / 142)
+
+
+def test_wider_adapters():
+    """The kernels read more bytes, addmm takes a launch more to cast them, except in a dropped update."""
+    roofline = ROOFLINES[90]
+    for primitive, config, dropped in (
+        ("project", configs.select_project(90, 132, 4096, 64, 2, 4), False),
+        ("token_sum", configs.select_token_sum(90, 132, 4096, 4096, 64, 2), False),
+        ("gemm", configs.select_gemm(90, 4096, 4096, 64, 2, False), False),
+        ("gemm", configs.select_gemm(90, 4096, 4096, 64, 2, True), True),
+    ):
+        same, wider = (
+            estimate(primitive, roofline, 4096, 4096, 4096, 64, config, dropped, itemsize)
+            for itemsize in (2, 4)
+        )
+        assert wider[0] > same[0] if primitive == "project" else wider[0] == same[0]
+        assert wider[1] - same[1] == pytest.approx(0.0 if dropped else LAUNCH)
+    config = configs.select_small(90, 132, 4096, 64, 2, 4)
+    narrow, wide = (estimate_small(roofline, 1, 4096, 4096, 64, config, itemsize) for itemsize in (2, 4))
+    assert 1.3 * narrow < wide < 2 * narrow
+
+
+def test_multiprocessors_are_the_devices():
+    assert roofline_of(Device("cuda", "NVIDIA H100 PCIe", 90, 114)).sms == 114

@@ -779,6 +779,27 @@ class TestDisableAdapter:
         assert (dict(changes), disable._ended) == ({}, [])
         assert torch.equal(model(ids()), y)
 
+    def test_a_block_that_fails_to_end_costs_no_other_model(self):
+        """The collector ends it while another block begins: that one raises, but is undone."""
+        broken, model = (trained(fastlora.apply_lora(Small(), ["q"])) for _ in range(2))
+        y = model(ids())
+        with contextlib.ExitStack() as blocks:
+            blocks.enter_context(fastlora.disable_adapter(broken))
+            undo, _ = disable._changes[broken.layers[0].q]
+            undo.callback(lambda: 1 / 0)
+            ending = blocks.pop_all()
+
+        def change(layer, undo):
+            disable._disable_layer([], layer, undo)
+            ending.close()
+
+        with pytest.raises(ZeroDivisionError), disable._changed(model.layers[0].q, change):
+            pytest.fail("the block began")
+        assert not disable._counting
+        assert torch.equal(model(ids()), y)
+        disable._end_blocks()
+        assert (dict(disable._changes), disable._ended) == ({}, [])
+
     def test_saved_modules_parametrized_since(self):
         model = trained(fastlora.apply_lora(Small(), ["q"], modules_to_save=["lm_head"]))
         nn.utils.parametrizations.weight_norm(model.lm_head)
