@@ -11,7 +11,7 @@ in_environment = python3 .ci/environment.py --python "$(PYTHON)"
 .PHONY: test demo bench lint clean help
 
 test:  ## run the tests (on a machine without a GPU too)
-	@$(in_environment) dev pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	@$(in_environment) dev pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile $(ARGS)
 
 demo:  ## fine-tune BERT on movie reviews: fastlora, PEFT and full fine-tuning
 	@$(in_environment) demo fastlora.demo $(ARGS)

@@ -370,8 +370,9 @@ def check_providers(providers: Providers, target: Target, seconds: float = CHECK
     # cases that it leaves are checked again, one at a time.
     end = time.monotonic() + min(seconds, CHECK_SECONDS)
     rows, left = _checked(names, cases, end)
-    for case, _ in left:
-        more, failed = _checked(names, [case], end)
+    for case, why in left:
+        in_time = time.monotonic() < end
+        more, failed = _checked(names, [case], end) if in_time else ([], [(case, why)])
         rows += more
         for (shape, plan), why in failed:
             status = f"error: in a process that checks all providers: {why}"
