@@ -38,7 +38,6 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -369,39 +368,17 @@ def check_providers(providers: Providers, target: Target, seconds: float = CHECK
     # Nearly all the time is compilation, which the processes share. One that dies takes the others along: the
     # cases that it leaves are checked again, one at a time.
     end = time.monotonic() + min(seconds, CHECK_SECONDS)
-    rows, left = _checked(names, cases, end)
-    for case, why in left:
-        in_time = time.monotonic() < end
-        more, failed = _checked(names, [case], end) if in_time else ([], [(case, why)])
-        rows += more
-        for (shape, plan), why in failed:
-            status = f"error: in a process that checks all providers: {why}"
-            rows.append(replace(base_row(shape, plan), provider="fastlora", status=status))
+    calls = [(names, *case) for case in cases]
+    rows = []
+    for call, outcome in zip(calls, tiles.outcomes(check_case, calls, end - time.monotonic()), strict=True):
+        if isinstance(outcome, Exception) and time.monotonic() < end:
+            (outcome,) = tiles.outcomes(check_case, [call], end - time.monotonic())
+        if isinstance(outcome, Exception):
+            status = f"error: in a process that checks all providers: {one_line(outcome)}"
+            outcome = [replace(base_row(*call[1:]), provider="fastlora", status=status)]
+        rows += outcome
     tiles.end_pool()  # Even idle processes hold memory of the GPU.
     return rows
-
-
-Case = tuple[AnyShape, Plan]
-
-
-def _checked(names: str, cases: list[Case], end: float) -> tuple[list[Row], list[tuple[Case, str]]]:
-    """The rows of :func:`check_case` from other processes, and the cases that got none, with the reason."""
-    executor = tiles.pool()[1]
-    rows: list[Row] = []
-    left, shares = [], []
-    for case in cases:
-        try:
-            shares.append((case, executor.submit(check_case, names, *case)))
-        except BrokenProcessPool as failure:  # a process has died already
-            left.append((case, one_line(failure)))
-    for case, share in shares:
-        try:
-            rows += share.result(timeout=max(0.0, end - time.monotonic()))
-        except Exception as failure:
-            left.append((case, one_line(failure)))
-    if left:
-        tiles.end_pool()
-    return rows, left
 
 
 def check_case(names: str, shape: AnyShape, plan: Plan) -> list[Row]:

@@ -52,11 +52,12 @@ def environment(device: torch.device) -> Environment:
     )
 
 
-def source_digest(*folders: str) -> str:
-    """Digest of the Python files in ``folders``, by default the package, its kernels and the tests."""
+def source_digest(*sources: str) -> str:
+    """Digest of Python files and of those in folders, by default the package, its kernels and the tests."""
     digest = hashlib.sha256()
-    for folder in folders or ("fastlora", "kernels", "tests"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    for source in sources or ("fastlora", "kernels", "tests"):
+        where = ROOT / source
+        for path in [where] if where.is_file() else sorted(where.rglob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -29,6 +29,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
+from results import source_digest
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -421,13 +422,9 @@ def _instructions(cubin: bytes) -> tuple[str, int, int]:
 
 def origin(rows: Path) -> dict[str, str]:
     """What the rows depend on: Triton, the sources of the kernels and of this file; and the rows' digest."""
-    here = Path(__file__).resolve()
-    sources = hashlib.sha256()
-    for path in (here, *sorted((here.parents[1] / "kernels").glob("*.py"))):
-        sources.update(path.name.encode() + path.read_bytes())
     return {
         "triton": triton.__version__,
-        "sources": sources.hexdigest(),
+        "sources": source_digest("kernels", "benchmarks/static.py"),
         "rows": hashlib.sha256(rows.read_bytes()).hexdigest(),
     }
 

@@ -14,7 +14,7 @@ import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import source_tree
 
@@ -171,6 +171,34 @@ def end_pool() -> None:
     pool.cache_clear()
 
 
+def outcomes(
+    function: Callable[..., object], calls: Sequence[tuple], seconds: float
+) -> list[object | Exception]:
+    """What each call of ``function`` in the workers returns or raises, in order.
+
+    A worker that dies takes down the pool: the calls that had not ended raise BrokenProcessPool. Those that
+    have not ended within ``seconds`` raise TimeoutError. After any exception, later calls get new workers.
+    """
+    executor, end = pool()[1], time.monotonic() + seconds
+    found: list[object | Exception] = []
+    shares: list[concurrent.futures.Future | Exception] = []
+    for call in calls:
+        try:
+            shares.append(executor.submit(function, *call))
+        except concurrent.futures.process.BrokenProcessPool as failure:  # a worker died while idle
+            shares.append(failure)
+    for share in shares:
+        try:
+            if isinstance(share, Exception):
+                raise share
+            found.append(share.result(timeout=max(0.0, end - time.monotonic())))
+        except Exception as failure:
+            found.append(failure)
+    if any(isinstance(outcome, Exception) for outcome in found):
+        end_pool()
+    return found
+
+
 def wrong_candidates(product: str, shape: Shape, plan: Plan) -> dict[str, str]:
     """What is wrong with each candidate that fails, found by separate processes.
 
@@ -188,31 +216,20 @@ def wrong_candidates(product: str, shape: Shape, plan: Plan) -> dict[str, str]:
 
 
 def _checked(
-    product: str, shape: Shape, plan: Plan, parts: Iterable[int], wrong: dict[str, str]
+    product: str, shape: Shape, plan: Plan, parts: Sequence[int], wrong: dict[str, str]
 ) -> list[int]:
     """Add failures to ``wrong``; return the shares whose outcome is unknown because a process died."""
-    workers, executor = pool()
-    end = time.monotonic() + CHECK_SECONDS
-    left, broken = [], False
-    shares = {}
-    for part in parts:
-        try:
-            shares[part] = executor.submit(check_share, product, shape, plan, part, workers)
-        except concurrent.futures.process.BrokenProcessPool:  # a process died while idle
+    workers, _ = pool()
+    calls = [(product, shape, plan, part, workers) for part in parts]
+    left = []
+    for part, outcome in zip(parts, outcomes(check_share, calls, CHECK_SECONDS), strict=True):
+        if isinstance(outcome, concurrent.futures.process.BrokenProcessPool):
             left.append(part)
-            broken = True
-    for part, share in shares.items():
-        try:
-            wrong |= share.result(timeout=max(0.0, end - time.monotonic()))
-            continue
-        except concurrent.futures.process.BrokenProcessPool:
-            left.append(part)
-        except Exception as failure:
+        elif isinstance(outcome, Exception):
             names = _share(product, shape, plan, part, workers)
-            wrong |= dict.fromkeys(names, f"error: in one share with others: {one_line(failure)}")
-        broken = True
-    if broken:
-        end_pool()
+            wrong |= dict.fromkeys(names, f"error: in one share with others: {one_line(outcome)}")
+        else:
+            wrong |= outcome
     return left
 
 

@@ -25,18 +25,20 @@ def rows_in(folder):
         return list(csv.DictReader(file))
 
 
-def compile_rows(folder, archs, *options):
-    """Rows made now, by a process of its own with the interpreter off."""
-    command = [sys.executable, str(STATIC), "--out", str(folder), "--arch", *map(str, archs), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def compiled_by_two(make_folder, *options):
-    """The rows of all architectures, compiled by two processes."""
+    """The rows of all architectures, compiled by two processes of their own with the interpreter off."""
     halves = {make_folder("static"): archs for archs in (ARCHS[::2], ARCHS[1::2])}
-    workers = [compile_rows(folder, archs, *options) for folder, archs in halves.items()]
-    for worker in workers:
-        output = worker.communicate()[0]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(STATIC), "--out", str(folder), "--arch", *map(str, archs), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for folder, archs in halves.items()
+    ]
+    outputs = [worker.communicate()[0] for worker in workers]
+    for worker, output in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, output
     return [row for folder in halves for row in rows_in(folder)]
 
