@@ -43,7 +43,7 @@ class Step:
 
     The addmm path of dx with dropout may also have a ``config``, an ``UpdateConfig``: a kernel then adds the
     dropped update to the BLAS product, whereas PyTorch's operations would write the mask to memory.
-    ``apart``: the step to use if the other product of a shared launch is not needed.
+    ``apart``: of a product that shares a launch with another, the step by which it is computed alone.
     """
 
     primitive: str
@@ -51,6 +51,11 @@ class Step:
     config: configs.Config | None
     reason: str
     apart: Step | None = None
+
+    @property
+    def alone(self) -> Step:
+        """The step where no launch is shared."""
+        return self.apart or self
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Plan:
         """The plan of a call that does not need both g and dA."""
         if not self.g_with_dA:
             return self
-        return dataclasses.replace(self, g=self.g.apart or self.g, dA=self.dA.apart or self.dA)
+        return dataclasses.replace(self, g=self.g.alone, dA=self.dA.alone)
 
     @property
     def path(self) -> str:
@@ -257,14 +262,10 @@ def make_group_plan(
     whole = make_plan(problem, mode)
     # The branches write g into one shared tensor, so each computes dA in a launch of its own.
     branches = [make_plan(branch, mode).apart for branch in each]
-    h = kernel_step(problem, "h") if whole.one_launch else whole.h
     if not all(branch.one_launch for branch in branches):
         # One pass over x computes h for all of them, so no branch needs to compute it in y's launch.
-        branches = [
-            dataclasses.replace(plan, y=kernel_step(branch, "y")) if plan.one_launch else plan
-            for plan, branch in zip(branches, each, strict=True)
-        ]
-    return GroupPlan(h, _group_dx(problem, Ns, whole.dx, mode), whole.dB, tuple(branches))
+        branches = [dataclasses.replace(branch, y=branch.y.alone) for branch in branches]
+    return GroupPlan(whole.h.alone, _group_dx(problem, Ns, whole.dx, mode), whole.dB, tuple(branches))
 
 
 def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Step:
@@ -328,8 +329,9 @@ def small_config(problem: Problem) -> configs.SmallConfig | None:
 
 
 def _in_one_launch(steps: dict[str, Step], config: configs.SmallConfig, reason: str) -> dict[str, Step]:
-    h = Step("project", "triton", config, f"inside y's launch, {reason}")
-    return {**steps, "h": h, "y": Step("gemm", "triton", config, f"one launch with h, {reason}")}
+    h = Step("project", "triton", config, f"inside y's launch, {reason}", steps["h"])
+    y = Step("gemm", "triton", config, f"one launch with h, {reason}", steps["y"])
+    return {**steps, "h": h, "y": y}
 
 
 def backward_config(problem: Problem) -> configs.BackwardConfig:

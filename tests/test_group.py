@@ -34,7 +34,7 @@ from fastlora import dtensors, masks, ops, reference
 from fastlora.device import Device
 from fastlora.group import lora_linear_group
 from fastlora.kernels import configs
-from fastlora.planner import Problem, make_group_plan
+from fastlora.planner import Problem, make_group_plan, make_plan
 
 KINDS = ("A", "B", "bias")
 # (N, R) of each branch: grouped-query attention with three ranks, and gate/up.
@@ -622,6 +622,18 @@ class TestPlan:
         assert plan.one_launch
         assert all(isinstance(branch.y.config, configs.SmallConfig) for branch in plan.branches)
         assert isinstance(plan.h.config, configs.ProjectConfig)
+
+    def test_few_tokens_of_branches_that_differ(self):
+        """Where one branch's h and y would share a launch and the others' not, each is chosen on its own."""
+        device, Ns, Rs = Device("cuda", "NVIDIA A100", 80, 108), (4096, 1024, 1024), (8, 8, 8)
+        alone = [make_plan(Problem(device, torch.bfloat16, 16, N, 4096, 8)) for N in Ns]
+        assert [plan.one_launch for plan in alone] == [True, False, False]
+        plan = self.plan(M=16, Ns=Ns, Rs=Rs, device=device)
+        assert not plan.one_launch
+        for step in (plan.h, *(branch.y for branch in plan.branches)):
+            assert step.reason.startswith("estimated for sm_80: triton ")
+            triton, addmm = (float(text.split()[-1]) for text in step.reason.split(" us")[:2])
+            assert step.path == ("triton" if triton < addmm else "addmm")
 
     @pytest.mark.parametrize("mode", ["addmm", "reference", "triton"])
     def test_asked_for(self, mode):
