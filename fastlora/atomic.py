@@ -36,7 +36,7 @@ def replace_files(directory: Path, contents: Mapping[str, bytes], stale: Iterabl
     directory.mkdir(parents=True, exist_ok=True)
     *others, last = contents
     old = directory / last
-    with _one_at_a_time(directory) as alone:
+    with one_at_a_time(directory) as alone:
         if alone:
             _remove_scratch(directory)
         same = old.exists() and old.read_bytes() == contents[last]
@@ -53,21 +53,21 @@ def replace_files(directory: Path, contents: Mapping[str, bytes], stale: Iterabl
             _replace_one_by_one(directory, contents)
         else:
             for name in others:
-                _replace_file(directory / name, contents[name])
+                replace_file(directory / name, contents[name])
             if not same:
-                _replace_file(old, contents[last])
+                replace_file(old, contents[last])
         for name in stale:
             (directory / name).unlink(missing_ok=True)
 
 
 @contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[bool]:
+def one_at_a_time(target: Path) -> Iterator[bool]:
     """Make processes that save here take turns; yields False if the system has no such locks.
 
-    The lock is on the parent, because the directory itself may be replaced.
+    The lock is on the parent, because the file or directory itself may be replaced.
     """
     try:
-        descriptor = os.open(directory.parent, os.O_RDONLY)
+        descriptor = os.open(target.parent, os.O_RDONLY)
     except OSError:
         yield False
         return
@@ -105,7 +105,8 @@ def _remove_scratch(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _replace_file(target: Path, contents: bytes) -> None:
+def replace_file(target: Path, contents: bytes) -> None:
+    """Write a file so that readers find the old contents or the new ones, even after a power failure."""
     scratch = _scratch(target.parent)
     try:
         _write(scratch, contents)

@@ -12,16 +12,17 @@ import csv
 import dataclasses
 import functools
 import importlib.metadata
+import io
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlora.atomic import one_at_a_time, replace_file
 from fastlora.kernels.configs import ALIGNED
 
 # Incremented when the meaning of a row changes, or the kernels change so much that older times are useless.
@@ -319,7 +320,8 @@ def save_rows(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a file, replacing older ones of the same path, product and shape.
 
     The file is replaced atomically: readers, and interrupted runs, find either the old rows or the new ones.
-    A file with other contents is replaced.
+    Processes that save at the same time take turns, so that none loses another's rows. A file with other
+    contents is replaced.
 
     Raises:
         OSError: the folder cannot be written.
@@ -328,21 +330,14 @@ def save_rows(path: Path, rows: Iterable[Row]) -> None:
     def key(row: Row) -> tuple:
         return *row.family[:5], *row.shape, row.dropout, row.path
 
-    kept = {}
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        kept = {key(row): row for row in read_rows(path)}
-    kept.update({key(row): row for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    try:
-        with open(handle, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(dataclasses.astuple(kept[name]) for name in sorted(kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(scratch)
-        raise
+    with one_at_a_time(path):
+        kept = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            kept = {key(row): row for row in read_rows(path)}
+        kept.update({key(row): row for row in rows})
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        writer.writerows(dataclasses.astuple(kept[name]) for name in sorted(kept))
+        replace_file(path, text.getvalue().encode())

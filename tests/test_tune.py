@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -67,6 +68,11 @@ def write(path, rows):
     planner.forget_plans()
 
 
+def save_one_by_one(path, rows):
+    for each in rows:
+        measured.save_rows(path, [each])
+
+
 def planned(device=H200, M=4096, N=4096, K=4096, R=16, dtype=torch.bfloat16, dropout=False, mode="auto"):
     return make_plan(Problem(device, dtype, M, N, K, R, dropout), mode)
 
@@ -94,6 +100,18 @@ class TestRows:
         write(cache, [row(us=10.0), row(us=5.0, M=512)])
         write(cache, [row(us=20.0), row("addmm", 7.0)])
         assert sorted(r.microseconds for r in measured.read_rows(cache)) == [5.0, 7.0, 20.0]
+
+    @pytest.mark.skipif(os.name != "posix", reason="no locks of files")
+    def test_processes_that_save_at_once(self, tmp_path):
+        """As tune on each of several GPUs does, with one file for all."""
+        context, path = multiprocessing.get_context("spawn"), tmp_path / "rows.csv"
+        runs = [[row(M=M, N=N, us=1.0) for M in range(1, 31)] for N in (16, 32)]
+        writers = [context.Process(target=save_one_by_one, args=(path, rows)) for rows in runs]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert set(measured.read_rows(path)) == {row for rows in runs for row in rows}
 
     @pytest.mark.parametrize("failing", ["fsync", "replace"])
     def test_an_interrupted_save_leaves_the_old_file(self, cache, monkeypatch, failing):
