@@ -370,8 +370,8 @@ def tune(
     timer: Timer,
     path: Path,
     resume: bool = False,
-) -> Iterator[tuple[torch.dtype, Shape, list[Row] | None]]:
-    """Measure every job and save its rows in ``path``; yields the rows, None if memory is too small.
+) -> Iterator[tuple[torch.dtype, Shape, list[Row], bool]]:
+    """Measure every job and save its rows in ``path``; yields the rows, and whether memory sufficed for all.
 
     Products that two shapes share (h does not depend on N) are measured once; with ``resume``, products whose
     rows are all in ``path`` are not measured again. Cached plans are cleared afterwards.
@@ -405,7 +405,7 @@ def tune(
                 known[sizes] = measure(product, dropout, shape, dtype, described, sets, timer, before, broken)
                 rows += known[sizes]
         except torch.OutOfMemoryError:
-            complete = bool(rows)
+            complete = False
         except DeviceLost as lost:
             measured.save_rows(path, [*rows, lost.row])
             planner.forget_plans()
@@ -414,7 +414,7 @@ def tune(
         if rows:
             measured.save_rows(path, rows)
             planner.forget_plans()
-        yield dtype, shape, rows if complete else None
+        yield dtype, shape, rows, complete
 
 
 def _input_sets(shape: Shape, device: torch.device) -> int:
@@ -737,11 +737,11 @@ def main(
     interrupted = False
     in_time = _until(time.monotonic() + 60 * options.minutes, _with_progress(jobs))
     try:
-        for dtype, shape, new in tune(in_time, device, described, timer, path, options.resume):
+        for dtype, shape, new, complete in tune(in_time, device, described, timer, path, options.resume):
             done += 1
-            rows += new or []
-            if new is None:
-                skipped.append(f"{shape}, {dtype}")
+            rows += new
+            if not complete:
+                skipped.append(f"{shape}, {dtype}{', in part' * bool(new)}")
     except KeyboardInterrupt:
         interrupted = True
     except DeviceLost as lost:

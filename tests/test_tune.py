@@ -778,7 +778,18 @@ class TestCommand:
         monkeypatch.setattr(tune, "draw_inputs", draw_inputs)
         assert run("--shapes", "20,24,32,4", "21,24,32,4") == 0
         assert {r.M for r in measured.read_rows(cache)} == {21}
-        assert "left out, the GPU's memory is too small: M=20" in capsys.readouterr().out
+        assert "left out, the GPU's memory is too small: M=20 N=24 K=32 R=4, " in capsys.readouterr().out
+
+    def test_out_of_memory_in_part(self, cache, capsys, monkeypatch):
+        """What was measured before is kept, and what was not is named."""
+
+        def full(step, *args, **kwargs):
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(ops, "run_token_sum", full)
+        assert run("--shapes", "20,24,32,4") == 0
+        assert {r.product for r in measured.read_rows(cache)} >= {"h", "y"}
+        assert "too small: M=20 N=24 K=32 R=4, torch.bfloat16, in part" in capsys.readouterr().out
 
     def test_interrupted(self, cache, capsys):
         """What was measured before is kept, and planned with."""
