@@ -81,8 +81,9 @@ class Row:
             raise ValueError(
                 f"path is {self.path!r}, but those of {self.product} are {', '.join(PATHS[self.product])}"
             )
-        if min(self.M, self.N, self.K, self.R, self.capability) < 1 or not self.gpu or not self.status:
-            raise ValueError(f"expected positive sizes, a GPU and a status, got {self}")
+        sizes = *self.shape, self.capability
+        if min(sizes) < 1 or max(sizes) >= 2**63 or not self.gpu or not self.status:
+            raise ValueError(f"expected positive sizes of tensors, a GPU and a status, got {self}")
         timed = self.microseconds is not None and math.isfinite(self.microseconds) and self.microseconds > 0
         if timed != (self.status == OK):
             raise ValueError(f"microseconds is {self.microseconds}, but status is {self.status!r}")

@@ -733,6 +733,11 @@ def main(
     path = options.out or measured.user_file()
     if path is None:
         return _give_up("no home folder to write to; use --out FILE")
+    if options.out is not None and options.out.is_file() and options.out.stat().st_size:
+        try:
+            measured.read_rows(path)
+        except (OSError, ValueError) as error:
+            return _give_up(f"{path} has other contents and is not replaced: {error}")
     rows, skipped, done = [], [], 0
     interrupted = False
     in_time = _until(time.monotonic() + 60 * options.minutes, _with_progress(jobs))

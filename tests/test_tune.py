@@ -428,6 +428,7 @@ UNUSABLE = {
     "words for sizes": f"{HEADER}\n{line(M='many')}\n",
     "a negative size": f"{HEADER}\n{line(N='-1')}\n",
     "a huge number": f"{HEADER}\n{line(K='9' * 5000)}\n",
+    "a size of no tensor": f"{HEADER}\n{line(K='9' * 400)}\n",
     "words for times": f"{HEADER}\n{line(microseconds='fast')}\n",
     "nan": f"{HEADER}\n{line(microseconds='nan')}\n",
     "no boolean": f"{HEADER}\n{line(dropout='yes')}\n",
@@ -938,6 +939,16 @@ class TestCommand:
         assert run("--shapes", "20,24,32,4", "--out", str(out)) == 0
         assert measured.read_rows(out)
         assert not cache.exists()
+
+    def test_a_file_of_something_else(self, tmp_path, capsys):
+        out = tmp_path / "notes.md"
+        out.write_text("# Notes")
+        assert run("--shapes", "20,24,32,4", "--out", str(out)) == 2
+        assert "is not replaced: line 1: expected the columns" in capsys.readouterr().err
+        assert out.read_text() == "# Notes"
+        out.write_text("")
+        assert run("--shapes", "20,24,32,4", "--out", str(out)) == 0
+        assert measured.read_rows(out)
 
     def test_a_folder_that_cannot_be_written(self, tmp_path, capsys):
         (tmp_path / "file").touch()
