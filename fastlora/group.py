@@ -212,6 +212,7 @@ def lora_linear_group(
     biases = given_biases[0] if given_biases else [None] * len(weights)
     alphas = [as_number(alpha) for alpha in alphas]
     _check_branches(x, weights, As, Bs, alphas, biases, dropout, seed)
+    alphas, dropout = [float(alpha) for alpha in alphas], float(dropout)
     if autocast_on(x):
         dtype = compute_dtype(x)
         # Casting here, outside the function, gives every gradient its tensor's own dtype.
@@ -235,7 +236,7 @@ def lora_linear_group(
     results: list[Tensor] = []
     for chunk in _chunks([B.shape[0] for B in Bs]):
         parts = (weights[chunk], As[chunk], Bs[chunk], alphas[chunk], biases[chunk])
-        results += _fused(x, *parts, float(dropout), seed)
+        results += _fused(x, *parts, dropout, seed)
     return tuple(results)
 
 
@@ -252,7 +253,6 @@ def _fused(
     """The results of branches that fit in one launch; the arguments have been checked."""
     if len(weights) == 1:
         return [lora_linear(x, weights[0], As[0], Bs[0], alphas[0], biases[0], dropout, seed)]
-    alphas = [float(alpha) for alpha in alphas]
     mode = current_mode()
     tensors = (*weights, *As, *Bs, *biases)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):

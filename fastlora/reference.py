@@ -97,7 +97,7 @@ def _lora_linear(
     """:func:`lora_linear` of x and drop(x); by F.linear, as inference mode has no transposed DTensors."""
     dtype = torch.promote_types(x.dtype, A.dtype)
     update = F.linear(F.linear(dropped.to(dtype), B.to(dtype)), A.to(dtype))
-    return torch.add(F.linear(x, weight, bias), update, alpha=alpha).to(x.dtype)
+    return torch.add(F.linear(x, weight, bias), update, alpha=float(alpha)).to(x.dtype)
 
 
 def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
@@ -110,7 +110,7 @@ def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     seed = masks.new_seed(x.device) if seed is None else seed
     columns = x.shape[-1]
     if masks.is_batched(seed) or is_traced():
-        rows = x.reshape(-1, columns).shape[0]  # in a form that a trace records
+        rows = x.unsqueeze(0).flatten(0, -2).shape[0]  # in a form that a trace records
         keep = masks.functional_keep_mask(seed, rows, columns, dropout)
     else:
         keep = replicated_like(x, masks.shared_keep_mask(seed, x.shape[:-1].numel(), columns, dropout))

@@ -80,6 +80,15 @@ class TestOneMask:
         for y, seed in zip(batched, seeds, strict=True):
             assert torch.equal(y != 0, reference.keep_mask(seed, rows, columns, P))
 
+    def test_vmap_without_in_features(self):
+        weight, A, B, bias = torch.ones(5, 0), torch.ones(5, 2), torch.ones(2, 0), torch.randn(5)
+
+        def of(x, seed):
+            return fastlora.lora_linear(x, weight, A, B, 1.0, bias, P, seed)
+
+        batched = torch.func.vmap(of)(torch.ones(2, 3, 0), torch.tensor([[1], [2]]))
+        assert torch.equal(batched, bias.expand(2, 3, 5))
+
     @pytest.mark.parametrize("randomness", ["different", "same"])
     def test_vmap_draws_masks_as_pytorchs_dropout_does(self, randomness):
         layer = fastlora.FusedLoRALinear(40, 40, 40, dropout=0.5, bias=False)

@@ -6,6 +6,7 @@ import pickle
 import threading
 import weakref
 from collections import Counter
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -478,6 +479,15 @@ class TestErrors:
         given = {name: iter(arguments[name]) for name in names}
         for ours, theirs in zip(lora_linear_group(**{**arguments, **given}), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+    def test_numbers_of_any_kind(self):
+        problem, arguments = self.arguments()
+        given = {**arguments, "alphas": [Fraction(alpha) for alpha in arguments["alphas"]]}
+        for form in (lora_linear_group, reference.lora_linear_group):
+            for ours, theirs in zip(form(**given), form(**arguments), strict=True):
+                assert torch.equal(ours, theirs)
+        batched = torch.func.vmap(lambda x: lora_linear_group(**{**given, "x": x}))(problem.x[None])
+        assert [y.shape[1:] for y in batched] == [y.shape for y in lora_linear_group(**arguments)]
 
     def test_lengths(self):
         _, arguments = self.arguments()
