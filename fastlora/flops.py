@@ -25,7 +25,7 @@ def _forward_flops(x: Shape, weight: Shape, A: Shape, B: Shape, *_, **__) -> int
 def _backward_flops(
     dy: Shape,
     x: Shape | None,
-    weight: Shape,
+    weight: Shape | None,
     A: Shape,
     B: Shape,
     h: Shape | None,
@@ -38,8 +38,8 @@ def _backward_flops(
     *_,
     **__,
 ) -> int:
-    """FLOPs of those of g, dx, dA and dB that are needed. dy: (..., N)."""
-    (N, K), R = weight, B[0]
+    """FLOPs of those of g, dx, dA and dB that are needed. dy: (..., N), A: (N, R), B: (R, K)."""
+    (N, R), K = A, B[1]
     g = R * N * (need_dx or need_dB)
     return 2 * math.prod(dy[:-1]) * (g + need_dx * K * (N + R) + need_dA * N * R + need_dB * R * K)
 
@@ -53,7 +53,7 @@ def _group_forward_flops(
 def _group_backward_flops(
     dys: Sequence[Shape | None],
     x: Shape | None,
-    weights: Sequence[Shape],
+    weights: Sequence[Shape | None],
     As: Sequence[Shape],
     Bs: Sequence[Shape],
     h: Shape | None,

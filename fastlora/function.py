@@ -30,8 +30,10 @@ class _LoRALinear(torch.autograd.Function):
         h = output[1]
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
-        need_dA, need_dB = ctx.needs_input_grad[2:4]
-        ctx.save_for_backward(x if need_dB else None, weight, A, B, h if need_dA else None, seed)
+        need_dx, _, need_dA, need_dB = ctx.needs_input_grad[:4]
+        # Under autocast, weight is a copy that nobody else keeps.
+        kept = x if need_dB else None, weight if need_dx else None, A, B, h if need_dA else None, seed
+        ctx.save_for_backward(*kept)
         ctx.alpha, ctx.dropout, ctx.mode = alpha, dropout, mode
 
     @staticmethod
@@ -278,7 +280,8 @@ def lora_linear(
 ) -> Tensor:
     """``F.linear`` with a LoRA update: y = x @ weight.T + alpha * (drop(x) @ B.T) @ A.T + bias.
 
-    Gradients flow to x, A, B and bias; ``weight`` is frozen. Besides x, M * R elements are kept for backward.
+    Gradients flow to x, A, B and bias; ``weight`` is frozen. Besides x, M * R elements are kept for backward
+    (under autocast also what it casts: the adapters and, where x needs a gradient, the weight).
     The formula is that of Hu et al. (2021), section 4.1, with the names A and B swapped and ``alpha`` in
     place of their alpha / r; see :mod:`fastlora.reference`.
 

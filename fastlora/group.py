@@ -65,8 +65,11 @@ class _LoRALinearGroup(torch.autograd.Function):
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
         _, need_As, need_Bs, _ = _by_kind(ctx.needs_input_grad[5:])
-        kept = tensors[: 3 * len(alphas)]  # all but the biases
-        ctx.save_for_backward(x if any(need_Bs) else None, h if any(need_As) else None, seed, *kept)
+        weights, As, Bs, _ = _by_kind(tensors)
+        if not ctx.needs_input_grad[0]:
+            weights = [None] * len(weights)
+        kept = x if any(need_Bs) else None, h if any(need_As) else None, seed, *weights, *As, *Bs
+        ctx.save_for_backward(*kept)
         ctx.dropout, ctx.mode, ctx.alphas = dropout, mode, alphas
 
     @staticmethod

@@ -39,7 +39,7 @@ _library.define(
     "Tensor? seed, str mode) -> (Tensor y, Tensor h)"
 )
 _library.define(
-    "lora_backward(Tensor dy, Tensor? x, Tensor weight, Tensor A, Tensor B, Tensor? h, float alpha, "
+    "lora_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor? h, float alpha, "
     "float dropout, Tensor? seed, bool need_dx, bool need_dA, bool need_dB, bool need_dbias, str mode) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)"
 )
@@ -50,7 +50,7 @@ _library.define(
     "float dropout, Tensor? seed, str mode) -> Tensor[]"
 )
 _library.define(
-    "group_backward(Tensor?[] dys, Tensor? x, Tensor[] weights, Tensor[] As, Tensor[] Bs, Tensor? h, "
+    "group_backward(Tensor?[] dys, Tensor? x, Tensor?[] weights, Tensor[] As, Tensor[] Bs, Tensor? h, "
     "float[] alphas, float dropout, Tensor? seed, bool need_dx, bool[] need_dA, bool[] need_dB, "
     "bool[] need_dbias, str mode) -> Tensor[]"
 )
@@ -299,7 +299,7 @@ def addmm_forward(
 def addmm_backward(
     dy: Tensor,
     x: Any,
-    weight: Tensor,
+    weight: Any,
     A: Tensor,
     B: Tensor,
     h: Any,
@@ -311,7 +311,7 @@ def addmm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dy: (M, N), x: (M, K), h: (M, R) -> dx: (M, K), dA: (N, R), dB: (R, K), None if not needed.
 
-    x may be None if dB is not needed, h if dA is not.
+    x may be None if dB is not needed, weight if dx is not, h if dA is not.
     """
     dtype, adapter_dtype = dy.dtype, A.dtype
     wide = adapter_dtype != dtype and _is_few_and_wide(dy, A)
@@ -521,7 +521,7 @@ def _rows(x: Tensor) -> int:
 def _backward(
     dy: Tensor,
     x: Any,
-    weight: Tensor,
+    weight: Any,
     A: Tensor,
     B: Tensor,
     h: Any,
@@ -536,10 +536,9 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dy: (..., N), x: (..., K) -> dx: (..., K), dA: (N, R), dB: (R, K), dbias: (N,), None if not needed.
 
-    x is used only for dB, and h: (M, R) only for dA.
+    x is used only for dB, weight: (N, K) only for dx, and h: (M, R) only for dA.
     """
-    N, K = weight.shape
-    R = B.shape[0]
+    (N, R), K = A.shape, B.shape[1]
     flat = dy.dim() == 2
     M = dy.shape[0] if flat else _rows(dy)
     dy_2d = dy if flat else dy.reshape(M, N)
@@ -590,10 +589,10 @@ def _fake_backward(
     dy, x, weight, A, B, h, alpha, dropout, seed, need_dx, need_dA, need_dB, need_dbias, mode
 ):  # fmt: skip
     return (
-        dy.new_empty((*dy.shape[:-1], weight.shape[1]) if need_dx else (0,)),
+        dy.new_empty((*dy.shape[:-1], B.shape[1]) if need_dx else (0,)),
         A.new_empty(A.shape) if need_dA else dy.new_empty((0,)),
         B.new_empty(B.shape) if need_dB else dy.new_empty((0,)),
-        dy.new_empty((weight.shape[0],) if need_dbias else (0,)),
+        dy.new_empty((A.shape[0],) if need_dbias else (0,)),
     )
 
 
@@ -726,7 +725,7 @@ def _group_dx(
 def _group_backward(
     dys: Sequence[Tensor | None],
     x: Any,
-    weights: Sequence[Tensor],
+    weights: Sequence[Any],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     h: Tensor | None,
@@ -742,20 +741,21 @@ def _group_backward(
     """dys: (..., N_i), not all None -> dx: (..., K), dB, then each dA: (N_i, R_i), then each dbias: (N_i,).
 
     dB: (sum of R_i, K) over the branches that need it and have a dy, in the widest of their adapters' dtypes.
-    A result is None if not needed. x is used only for dB, and h: (M, sum of R_i) only for dA.
+    A result is None if not needed. x is used only for dB, weights: (N_i, K) only for dx, and h: (M, sum of
+    R_i) only for dA.
     """
     # The branches that need dB come first, so that their columns of g are adjacent.
     given = {i: dy for i, dy in enumerate(_in_memory(dys)) if dy is not None}
     live = sorted(given, key=lambda i: not need_dB[i])
     wanting = [i for i in live if need_dB[i]]
-    first, K, n = given[live[0]], weights[0].shape[1], len(dys)
+    first, K, n = given[live[0]], Bs[0].shape[1], len(dys)
     M = _rows(first)
-    dys_2d = {i: given[i].reshape(M, weights[i].shape[0]) for i in live}
+    dys_2d = {i: given[i].reshape(M, As[i].shape[0]) for i in live}
     dx = dB = None
     dAs: list[Tensor | None] = [None] * n
     dbiases: list[Tensor | None] = [None] * n
     with _scope(first):
-        Ns, Rs = tuple(weights[i].shape[0] for i in live), tuple(Bs[i].shape[0] for i in live)
+        Ns, Rs = tuple(As[i].shape[0] for i in live), tuple(Bs[i].shape[0] for i in live)
         adapter_dtype = _widest(A.dtype for A in As)
         plan = _group_plan(first.device, first.dtype, adapter_dtype, M, Ns, K, Rs, dropout > 0.0, mode)
         if plan.launches:
@@ -778,7 +778,8 @@ def _group_backward(
                 _project_into(steps[i].g, part, dys_2d[i], As[i], alphas[i])
         if need_dx:
             stacked = _stack([Bs[i] for i in live], plan.dx, first.dtype)
-            dx = _group_dx(plan.dx, [dys_2d[i] for i in live], [weights[i] for i in live], g, stacked, drop)
+            qs: list[Any] = _in_memory(weights)
+            dx = _group_dx(plan.dx, [dys_2d[i] for i in live], [qs[i] for i in live], g, stacked, drop)
             dx = dx if first.dim() == 2 else dx.reshape(*first.shape[:-1], K)
         if wanting:
             rank = sum(Bs[i].shape[0] for i in wanting)
@@ -810,18 +811,18 @@ def _fake_group_backward(
     wanting = [B for B, need, used in zip(Bs, need_dB, live, strict=True) if need and used]
     dB = first.new_empty((0,))
     if wanting:
-        shape = sum(B.shape[0] for B in wanting), weights[0].shape[1]
+        shape = sum(B.shape[0] for B in wanting), Bs[0].shape[1]
         dB = first.new_empty(shape, dtype=_widest(B.dtype for B in wanting))
     return [
-        first.new_empty((*first.shape[:-1], weights[0].shape[1]) if need_dx else (0,)),
+        first.new_empty((*first.shape[:-1], Bs[0].shape[1]) if need_dx else (0,)),
         dB,
         *(
             A.new_empty(A.shape) if need and used else first.new_empty((0,))
             for A, need, used in zip(As, need_dA, live, strict=True)
         ),
         *(
-            first.new_empty((weight.shape[0],) if need and used else (0,))
-            for weight, need, used in zip(weights, need_dbias, live, strict=True)
+            first.new_empty((A.shape[0],) if need and used else (0,))
+            for A, need, used in zip(As, need_dbias, live, strict=True)
         ),
     ]
 

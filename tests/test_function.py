@@ -629,6 +629,22 @@ class TestAutocast:
         assert sum(t.nbytes for t in ours) <= sum(t.nbytes for t in stock)
 
     @every_run
+    @pytest.mark.parametrize("wanted", [("A", "B"), ("bias",)])
+    def test_no_copy_of_the_weight_is_kept_where_x_needs_no_gradient(self, run, wanted):
+        """As in a model's first layer."""
+
+        def pair(x, weight, A, B, bias):
+            with fastlora.use_path(run.path):
+                return fastlora.lora_linear_group(x, [weight] * 2, [A] * 2, [B] * 2, [1.7] * 2, [bias] * 2)
+
+        for function in (fused(1.7, path=run.path), pair):
+            case = tensors((5, 7), 24, 40, 4, device=run.device)
+            with torch.autocast(run.device, torch.bfloat16):
+                _, kept = saved_for_backward(function, case, wanted)
+            assert kept
+            assert case.weight.shape not in {t.shape for t in kept}
+
+    @every_run
     def test_float64_is_not_cast(self, run):
         """Autocast leaves float64 alone; so does the layer."""
         if run.path == "triton":

@@ -28,7 +28,8 @@ def backward_arguments(run, lead=(3, 5), dtypes=DTYPES[0], dropout=0.0, need=ALL
     x, weight, A, B, bias, alpha, dropout, seed, mode = forward_arguments(run, lead, dtypes, True, dropout)
     h = forward(x, weight, A, B, bias, alpha, dropout, seed, mode)[1]
     dy = torch.randn(*lead, 24).to(x)
-    x, h = x if need[2] else None, h if need[1] else None  # what autograd saves
+    # What autograd saves.
+    x, weight, h = x if need[2] else None, weight if need[0] else None, h if need[1] else None
     return [dy, x, weight, A, B, h, alpha, dropout, seed, *need, mode]
 
 
