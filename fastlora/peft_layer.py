@@ -52,7 +52,7 @@ class FusedLinear(LoraLinear):
         if call is not None and not args and not kwargs:
             y = call.output_of(self, x)
             if y is not None:
-                if self._fastlora_last and not torch.compiler.is_compiling():
+                if self._fastlora_last != "" and not torch.compiler.is_compiling():
                     self._fastlora_last = ""
                 return y
         found = why_not_extra(args, kwargs) if args or kwargs else find_operands(self)
@@ -78,7 +78,8 @@ def _branch_of(layer: FusedLinear, x: Tensor | None) -> Operands | str:
     """
     if is_watched(layer):
         return "hooks or a replaced forward on a projection"
-    found = find_operands(layer)
+    # FSDP2 gathers the parameters for a call alone, so between calls only the last one can tell.
+    found = find_operands(layer, sharded=x is None and layer._fastlora_last == "")
     if isinstance(found, str):
         return found
     if isinstance(found.alpha, Tensor):

@@ -689,19 +689,34 @@ def test_sharded_tensors_run_pefts_code():
     assert closing(fast) == "fused 1, fell back 1: lora_A.weight is a Pretended (1)"
 
 
-def test_a_summary_between_sharded_calls_tells_of_the_last_call(tmp_path):
+class Siblings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(24, 20), nn.Linear(24, 20)
+
+    def forward(self, x):
+        return self.q_proj(x) + self.k_proj(x)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_summary_between_sharded_calls_tells_of_the_last_call(tmp_path, grouped):
     """FSDP2 gathers the parameters for the calls alone."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this PyTorch has no gloo")
     from torch.distributed.fsdp import fully_shard
 
-    _, fast = nets()
+    fast = fastlora.fuse_peft(get_peft_model(Siblings(), LoraConfig(r=4, target_modules=["q_proj", "k_proj"])))
+    if grouped:
+        fastlora.group_projections(fast)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        fully_shard(fast, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        fully_shard(fast, mesh=mesh, reshard_after_forward=True)  # else the root stays gathered
         assert closing(fast) == "fused 0, fell back 2: base weight is a DTensor (2)"
-        fast(inputs())
+        fast(torch.randn(3, 24))
         assert closing(fast) == "fused 2, fell back 0"
+        assert ("grouped: base_model.model.q_proj/k_proj (1)" in fastlora.summary(fast)) == grouped
+        assert "single" not in fastlora.summary(fast)
     finally:
         torch.distributed.destroy_process_group()
 
