@@ -385,6 +385,14 @@ class FusedLoRALinear(nn.Linear):
                 "inference mode, or its rows share memory"
             )
 
+    def _check_forward(self, name: str) -> None:
+        """Raise a ValueError prefixed with ``name`` if forward is replaced on this layer."""
+        if "forward" in vars(self):
+            raise ValueError(
+                f"{name}: its forward is replaced, which an nn.Linear would take over and which would go on "
+                "running the adapted layer: undo that first (accelerate: remove_hook_from_submodules)"
+            )
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add the update to weight in place; forward is then one plain linear. No effect if already merged.
@@ -438,13 +446,14 @@ class FusedLoRALinear(nn.Linear):
 
         Raises:
             ValueError: the weight with the update is not finite; values on the meta device; a hook computes A
-                or B (pruning).
+                or B (pruning); the layer's forward is replaced (accelerate's hooks).
         """
         weight = (
             self.weight
             if self.merged
             else nn.Parameter(self._merged_weight("to_linear"), requires_grad=False)
         )
+        self._check_forward("to_linear")
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = weight, self.bias
         for name in _HOOK_DICTS:

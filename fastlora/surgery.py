@@ -410,8 +410,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no adapted layer, or the model itself is one (use its ``to_linear``); a weight that is
             shared with another module (tied embeddings), computed by a parametrization or quantized; an
-            update that is not finite; a subclass of the layer with its own forward; a model sharded by FSDP2;
-            inside ``disable_adapter``. The model is left unchanged.
+            update that is not finite; a subclass of the layer with its own forward, or a layer whose forward
+            is replaced (accelerate's hooks); a model sharded by FSDP2; inside ``disable_adapter``. The model
+            is left unchanged.
         TypeError: ``model`` is not a module.
     """
     layers = require_layers(model, "merge_lora")
@@ -425,22 +426,22 @@ def merge_lora(model: nn.Module) -> nn.Module:
         )
     shared = _shared_weights(model)
     for path, layer in layers.items():
-        if layer.merged:
-            continue
-        others = dict.fromkeys((*shared.get(layer, ()), *layer._weight_shared_with))
-        if others:
-            raise ValueError(
-                f"merge_lora: the weight of {path} is shared with {', '.join(others)}, which merging would "
-                "change too"
-            )
         if type(layer).forward is not FusedLoRALinear.forward:
             raise ValueError(
                 f"merge_lora: {path} is a {type(layer).__qualname__}, whose forward an nn.Linear would not "
                 "have; replace it yourself"
             )
-        layer._check_plain_weight(f"merge_lora: {path}")
-        with torch.no_grad():
-            layer._merged_weight(f"merge_lora: {path}")
+        if not layer.merged:
+            others = dict.fromkeys((*shared.get(layer, ()), *layer._weight_shared_with))
+            if others:
+                raise ValueError(
+                    f"merge_lora: the weight of {path} is shared with {', '.join(others)}, which merging "
+                    "would change too"
+                )
+            layer._check_plain_weight(f"merge_lora: {path}")
+            with torch.no_grad():
+                layer._merged_weight(f"merge_lora: {path}")
+        layer._check_forward(f"merge_lora: {path}")
     encoders = adapted_encoders(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():

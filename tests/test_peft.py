@@ -705,7 +705,8 @@ def test_a_summary_between_sharded_calls_tells_of_the_last_call(tmp_path, groupe
         pytest.skip("this PyTorch has no gloo")
     from torch.distributed.fsdp import fully_shard
 
-    fast = fastlora.fuse_peft(get_peft_model(Siblings(), LoraConfig(r=4, target_modules=["q_proj", "k_proj"])))
+    config = LoraConfig(r=4, target_modules=["q_proj", "k_proj"])
+    fast = fastlora.fuse_peft(get_peft_model(Siblings(), config))
     if grouped:
         fastlora.group_projections(fast)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

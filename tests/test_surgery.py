@@ -1251,16 +1251,34 @@ class TestMergeLora:
             fastlora.merge_lora(model)
         assert model.config.tie_word_embeddings is False
 
-    def test_a_forward_of_its_own_is_not_lost(self):
+    @pytest.mark.parametrize("merged", [False, True])
+    def test_a_forward_of_its_own_is_not_lost(self, merged):
         class Doubled(fastlora.FusedLoRALinear):
             def forward(self, input):
                 return 2 * super().forward(input)
 
         model = nn.Sequential(Doubled.from_linear(nn.Linear(5, 3), 2), nn.Linear(3, 4))
         fastlora.apply_lora(model, ["1"])
-        with pytest.raises(ValueError, match=r"merge_lora: 0 is a .*Doubled"):
+        if merged:
+            model[0].merge()
+        with unchanged(model), pytest.raises(ValueError, match=r"merge_lora: 0 is a .*Doubled"):
             fastlora.merge_lora(model)
         assert isinstance(model[1], fastlora.FusedLoRALinear)
+
+    @pytest.mark.parametrize("merged", [False, True])
+    def test_a_replaced_forward_would_go_on_running_the_adapted_layer(self, merged):
+        model = fastlora.apply_lora(Small(), ["q"])
+        layer = trained(model).layers[1].q
+        if merged:
+            layer.merge()
+        y = model(ids())
+        layer.forward = layer.forward  # bound to the layer, as offloading libraries do
+        with unchanged(model), pytest.raises(ValueError, match=r"merge_lora: layers\.1\.q: its forward"):
+            fastlora.merge_lora(model)
+        with pytest.raises(ValueError, match="to_linear: its forward is replaced"):
+            layer.to_linear()
+        del layer.forward
+        torch.testing.assert_close(fastlora.merge_lora(model)(ids()), y)
 
     def test_an_encoder_decoder_keeps_the_flag_that_its_forward_may_read(self):
         model = WithConfig(tied=True).eval()
