@@ -833,6 +833,22 @@ def _check_coverage(
         )
 
 
+def _check_base_layers(saved: Iterable[str], targets: Iterable[str], names: Iterable[Any]) -> None:
+    """Raise ValueError if PEFT has trained the base weights of ``targets``, as ``names`` in its file tell.
+
+    It matches modules_to_save after it has wrapped the layers, so "layer" selects each "base_layer" too.
+    """
+    endings = [name for name in saved if "base_layer".endswith(name)]
+    trained = {str(name).rpartition(".base_layer.")[0] for name in names}
+    layers = [path for path in targets if _PREFIX + unwrapped_name(path) in trained]
+    if endings and layers:
+        raise ValueError(
+            f"load_adapter: the file holds trained base weights of {listing(layers)}, which are frozen here: "
+            f"PEFT compares the ends of names, and its own base_layer ends in {listing(endings)}, one of "
+            "modules_to_save; rename that module, or use PEFT for this model"
+        )
+
+
 def _check_tensors(
     config: AdapterConfig,
     targets: Mapping[str, Any],
@@ -840,6 +856,7 @@ def _check_tensors(
     state: Mapping[str, Tensor],
 ) -> None:
     """Raise ValueError unless the file holds exactly the adapters of ``targets`` and values of ``own``."""
+    _check_base_layers(config.selector.modules_to_save, targets, state.keys() - own.keys())
     expected: dict[str, Sequence[int]] = {}
     for path, module in targets.items():
         name = unwrapped_name(path)

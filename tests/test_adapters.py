@@ -1092,6 +1092,16 @@ class TestRefusesToLoad:
         (directory / name).mkdir()
         refuses_to_load(plain(), directory, name, FileNotFoundError)
 
+    def test_base_weights_that_peft_has_trained(self, tmp_path):
+        """PEFT compares the ends of names, after it has put a base_layer into each of its own."""
+        model = Net()
+        model.layer = model.head
+        del model.head
+        config = LoraConfig(**lora(target_modules=["up"], modules_to_save=["layer"]))
+        get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+        match = r"trained base weights of blocks\.\{0..1\}\.up, which are frozen.* ends in layer.*rename"
+        refuses_to_load(model, tmp_path, match)
+
 
 # Loading into models of all kinds
 
