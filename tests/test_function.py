@@ -350,6 +350,35 @@ class TestOnlyWhatIsAsked:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.backward(case.dy)
 
+    @every_run
+    @pytest.mark.parametrize("wanted", ["x", "A", "bias"])
+    def test_x_may_change_where_no_gradient_needs_it(self, run, wanted):
+        case = tensors(9, 24, 40, 4, torch.float16, device=run.device)
+        leaf = getattr(case, wanted).detach().requires_grad_()
+        leaves = {name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")} | {wanted: leaf}
+        y = fused(0.5, path=run.path)(**leaves)
+        before = torch.autograd.grad(y, leaf, case.dy, retain_graph=True)[0]
+        case.x.add_(1)
+        assert torch.equal(before, torch.autograd.grad(y, leaf, case.dy)[0])
+
+    @every_run
+    def test_no_gradient_of_y_gives_none(self, run):
+        """As for F.linear: None, not zeros that an optimizer would take for a step."""
+
+        class Nothing(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, y):
+                return y.clone()
+
+            @staticmethod
+            def backward(ctx, dy):
+                return None
+
+        case = tensors(9, 24, 40, 4, device=run.device)
+        A = case.A.detach().requires_grad_()
+        Nothing.apply(fused(0.5, path=run.path)(case.x, case.weight, A, case.B)).sum().backward()
+        assert A.grad is None
+
 
 class TestDropout:
     @every_run
@@ -824,6 +853,7 @@ BAD = [
     ({"seed": torch.tensor([1], dtype=torch.int32)}, ValueError, ["seed", "int32"]),
     ({"weight": torch.randn(6, 8, device="meta")}, ValueError, ["meta", "cpu"]),
     ({"A": torch.randn(6, 2, device="meta")}, ValueError, ["meta", "cpu"]),
+    ({"B": torch.randn(2, 8, device="meta")}, ValueError, ["meta", "cpu"]),
     ({"bias": torch.randn(6, device="meta")}, ValueError, ["meta", "cpu"]),
     ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, ["meta", "cpu"]),
 ]
@@ -847,11 +877,12 @@ class TestBadInput:
             **arguments(bias=None, dropout=0, alpha=2, seed=torch.tensor(5))
         ).shape == (3, 6)
 
-    def test_frozen_weight_in_inference(self):
+    @pytest.mark.parametrize("alpha", [0.0, 0])
+    def test_frozen_weight_in_inference(self, alpha):
         """A weight that happens to require a gradient is fine where none is recorded."""
         weight = torch.randn(6, 8, requires_grad=True)
         with torch.no_grad():
-            y = fastlora.lora_linear(**arguments(weight=weight, dropout=0.0, alpha=0.0))
+            y = fastlora.lora_linear(**arguments(weight=weight, dropout=0.0, alpha=alpha))
         torch.testing.assert_close(y.shape, torch.Size((3, 6)))
 
     @every_run
