@@ -400,6 +400,19 @@ class TestPublicPlan:
         arguments["x"] = arguments["x"].reshape(1, 37, 70)
         assert fastlora.plan(**arguments) == fastlora.plan(**case_arguments())
 
+    def test_no_in_features(self):
+        empty = {"x": torch.randn(3, 0), "weight": torch.randn(5, 0)}
+        assert_complete(fastlora.plan(**empty, A=torch.randn(5, 2), B=torch.randn(2, 0)))
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_the_problem_of_a_call_under_autocast(self, dropout):
+        x, weight, A = torch.randn(3, 7), torch.randn(5, 7), torch.randn(5, 2)
+        assert function.problem_of(x, 3, weight, A.double(), dropout).adapter_dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            problem = function.problem_of(x, 3, weight, A, dropout)
+        assert problem.dtype == problem.adapter_dtype == torch.bfloat16
+        assert problem.dropout == (dropout > 0)
+
     @pytest.mark.parametrize(
         ("change", "words"),
         [
