@@ -312,6 +312,13 @@ class TestFirstKernel:
         assert starting(RuntimeError("Failed to find C compiler.\nPlease set CC")) == why
         assert starting(None) == why
 
+    def test_nothing_is_tried_while_a_graph_is_captured(self, monkeypatch):
+        """A launch would become part of the graph, and a compilation would break the capture."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(ops, "why_no_kernel_starts", lambda device: pytest.fail("a kernel was tried"))
+        assert ops.exclude_if_no_kernel_starts(torch.device("cuda", 7)) is None
+
     def test_a_lack_of_memory_is_no_reason(self, starting):
         for error in (torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")):
             with pytest.raises(torch.OutOfMemoryError):
