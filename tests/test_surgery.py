@@ -580,6 +580,23 @@ class TestModulesToSave:
         model = fastlora.apply_lora(Small().requires_grad_(False), ["q"], modules_to_save="lm_head")
         assert model.lm_head.weight.requires_grad
 
+    def test_a_shared_buffer_stays_shared(self):
+        """Only a shared parameter gets a copy, as training would change it for both."""
+        model = Small()
+        model.register_buffer("scale", torch.ones(3))
+        model.score.register_buffer("scale", model.scale)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fastlora.apply_lora(model, ["q"], modules_to_save=["score"])
+        assert model.score.scale is model.scale
+
+    def test_integers_are_not_trained(self):
+        model = Small()
+        model.score.steps = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+        fastlora.apply_lora(model, ["q"], modules_to_save=["score"])
+        assert model.score[0].weight.requires_grad
+        assert not model.score.steps.requires_grad
+
     def test_none(self):
         model = fastlora.apply_lora(Small(), ["q"], modules_to_save=None)  # PEFT's default
         assert not targets.saved_modules(model)
@@ -1094,9 +1111,12 @@ class TestStates:
         with pytest.raises(ValueError, match=r"computes the adapters of layers.0.q; remove it first"):
             fastlora.load_adapter_state_dict(model, state)
 
-    def test_adapters_that_peft_trains_are_not_frozen(self):
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_adapters_that_peft_trains_are_not_frozen(self, fused):
         peft = pytest.importorskip("peft")
         wrapped = peft.get_peft_model(Small(), peft.LoraConfig(target_modules=["q"]))
+        if fused:
+            fastlora.fuse_peft(wrapped)
         with (
             unchanged(wrapped),
             pytest.raises(ValueError, match=r"PEFT adapters of .*layers\.\{0\.\.2\}\.q are"),
@@ -1296,6 +1316,28 @@ class TestMergeLora:
         fastlora.merge_lora(fastlora.apply_lora(model, ["q"], modules_to_save=saved))
         assert model.config.tie_word_embeddings is True
 
+    def test_embeddings_that_are_tied_again(self):
+        model = WithConfig(tied=True)
+        with pytest.warns(UserWarning, match="tie_weights"):
+            fastlora.apply_lora(model, ["q"], modules_to_save=["lm_head"])
+        model.config.tie_word_embeddings, model.lm_head.weight = True, model.embed.weight
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fastlora.merge_lora(model)
+        assert model.config.tie_word_embeddings is True
+
+    def test_a_merged_layer_gets_no_second_update(self):
+        """Not even to see whether it would be finite, which twice this one is not in half precision."""
+        model = fastlora.apply_lora(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half(), ["0", "1"], rank=1)
+        with torch.no_grad():
+            model[0].A.fill_(200)
+            model[0].B.fill_(200)
+        model[0].merge()
+        weight = model[0].weight.clone()
+        fastlora.merge_lora(model)
+        assert type(model[0]) is nn.Linear
+        assert torch.equal(model[0].weight, weight)
+
     def test_plain_linears_with_the_same_outputs(self):
         model = Small().double().eval()
         names, weight = list(model.state_dict()), model.layers[0].q.weight
@@ -1360,6 +1402,13 @@ class TestMergeLora:
             with pytest.raises(ValueError, match=r"shared with embed\.weight"):
                 model.lm_head.merge()
 
+    def test_a_part_of_a_model_with_a_tied_weight(self):
+        """The other holder is known from apply_lora; no layer of the part is merged before it is found."""
+        model = trained(fastlora.apply_lora(Small(tied=True), ["q", "lm_head"]))
+        part = nn.ModuleList([model.layers, model.lm_head])
+        with unchanged(model), pytest.raises(ValueError, match=r"weight of 1 is shared with embed\.weight"):
+            fastlora.merge_lora(part)
+
     def test_weight_that_a_parametrization_computes(self):
         model = trained(fastlora.apply_lora(Small(), ["q", "v"]))
         nn.utils.parametrizations.weight_norm(model.layers[1].v)
@@ -1370,13 +1419,23 @@ class TestMergeLora:
                 model.layers[1].v.merge()
         assert not model.layers[1].v.merged
 
-    def test_weights_that_overlap_in_memory(self):
-        qkv = torch.randn(12, 4)
+    @pytest.mark.parametrize("first", [0, 8])
+    @pytest.mark.parametrize("row", [4, 8])
+    def test_weights_that_overlap_in_memory(self, first, row):
+        qkv = torch.randn(12, row)[:, :4]
         model = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4), "all": nn.Linear(4, 12)})
-        model["all"].weight = nn.Parameter(qkv)
-        model["q"].weight, model["k"].weight = nn.Parameter(qkv[:4]), nn.Parameter(torch.randn(4, 4))
+        model["all"].weight, model["q"].weight = nn.Parameter(qkv), nn.Parameter(qkv[first : first + 4])
+        model["k"].weight = nn.Parameter(torch.randn(4, 4))
         trained(fastlora.apply_lora(model, ["q"]))
         with unchanged(model), pytest.raises(ValueError, match=r"of q is shared with all\.weight"):
+            fastlora.merge_lora(model)
+
+    def test_a_weight_shared_with_what_disable_adapter_restores(self):
+        model = nn.ModuleDict({"q": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+        model["head"].weight = model["q"].weight
+        with pytest.warns(UserWarning, match="head shared a weight"):
+            fastlora.apply_lora(model, ["q"], modules_to_save=["head"])
+        with unchanged(model), pytest.raises(ValueError, match=r"of q is shared with head\.weight,"):
             fastlora.merge_lora(model)
 
     def test_neighbours_in_one_buffer_are_not_shared(self):
