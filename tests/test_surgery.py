@@ -1328,7 +1328,8 @@ class TestMergeLora:
 
     def test_a_merged_layer_gets_no_second_update(self):
         """Not even to see whether it would be finite, which twice this one is not in half precision."""
-        model = fastlora.apply_lora(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half(), ["0", "1"], rank=1)
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half()
+        fastlora.apply_lora(model, ["0", "1"], rank=1)
         with torch.no_grad():
             model[0].A.fill_(200)
             model[0].B.fill_(200)
