@@ -1,15 +1,16 @@
 """The products of a layer: for each, its Triton kernel against the BLAS call that it has to beat.
 
 y and dx are measured with the rank-R update and without it (rank 0). The latter shows how good the main loop
-alone is, on which everything else depends. In both cases, their BLAS call is the frozen product. For at most
-16 tokens, y also has the kernel that computes h as well. "g+dA" computes both in one launch, against two
-kernels and two BLAS calls. So do "h+y" and "g+dx", in one launch of a Hopper kernel. "dx+dropout" is the dx
-of training with dropout: in one launch, and as the BLAS call plus the kernel that adds the update with
+alone is, on which everything else depends. In both cases, their BLAS call is the frozen product. "forward" is
+y by the kernel for at most 16 tokens, which computes h as well. "g+dA" computes both in one launch, against
+two kernels and two BLAS calls. So do "h+y" and "g+dx", in one launch of a Hopper kernel. "dx+dropout" is the
+dx of training with dropout: in one launch, and as the BLAS call plus the kernel that adds the update with
 dropout, against the BLAS call without an update.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,8 +23,9 @@ from shapes import Shape
 from timing import alternate, captured, input_sets
 from torch import Tensor
 
-from fastlora.device import sums_in_float32
-from fastlora.ops import raise_out_of_memory
+from fastlora import ops, planner, reference
+from fastlora.device import describe, sums_in_float32
+from fastlora.kernels import configs
 from fastlora.tune import DROPOUT, in_turn, least_read
 
 FLOOR = "blas"
@@ -36,23 +38,35 @@ PROJECTS = "hopper-project"
 ONE_LAUNCH = "triton-one-launch"
 BLAS_AND_UPDATE = "blas-triton-update"
 
+Result = Tensor | tuple[Tensor, ...]
+Kernels = dict[str, Callable[[], Result]]
+
 
 @dataclass(frozen=True)
 class Product:
-    """One product of one problem: its BLAS form, its kernels by name, and the float64 value for each name.
+    """One product of one problem: its BLAS form and its kernels by name, and what they compute.
 
-    Products with more than one result use tuples. ``eager``: the plain forms of the kernels that compute more
-    than the BLAS form, for the check.
+    ``blas`` takes the operands. ``formulas``: what a kernel computes, in PyTorch operations on the operands,
+    where this is more than the BLAS form. In float64 it is the value, in the operands' dtype the yardstick.
     """
 
-    blas: Callable[[], Tensor | tuple[Tensor, ...]]
-    kernels: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
-    exact: dict[str, Tensor | tuple[Tensor, ...]]
-    eager: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = field(default_factory=dict)
+    operands: tuple[Tensor, ...]
+    blas: Callable[..., Result]
+    kernels: Kernels
+    formulas: dict[str, Callable[..., Result]] = field(default_factory=dict)
 
 
-# Name of a product, its shipped configuration (None if it has none) -> the configurations to launch, by name.
-Tiles = Callable[[str, object], Mapping[str, object]]
+# Name of a product, its shipped configuration -> the configurations to launch, by name.
+Tiles = Callable[[str, configs.Config], Mapping[str, configs.Config]]
+
+
+def shipped_config(problem: planner.Problem, product: str) -> configs.Config | None:
+    """The configuration that a product's kernel is launched with, None if it cannot run."""
+    if product == "forward":
+        return planner.small_config(problem)
+    if product == "g+dA":
+        return planner.backward_config(problem)
+    return planner.kernel_step(problem, product).config
 
 
 def products(
@@ -62,231 +76,213 @@ def products(
 
     ``schedule``: on sm_90, also this schedule of the warp-specialised loop, or, if PROJECTS, the loop that
     projects too. ``tiles``: the configurations of each kernel to measure instead of everything else.
+    RuntimeError if the kernels cannot run.
     """
-    from fastlora import masks, reference
-    from fastlora.device import describe
-    from fastlora.kernels.backward import g_and_dA
-    from fastlora.kernels.configs import select_update
-    from fastlora.kernels.gemm import gemm
-    from fastlora.kernels.project import project
-    from fastlora.kernels.small import small
-    from fastlora.kernels.token_sum import token_sum
-    from fastlora.kernels.update import add_update
-    from fastlora.planner import Problem as Planned
-    from fastlora.planner import backward_config, kernel_step, make_plan, small_config
-
-    p, s = problem, problem.shape
-    planned = Planned(describe(p.device), p.dtype, s.M, s.N, s.K, s.R)
-    make_plan(planned, "triton")  # raises if the kernels cannot run
-    config = {name: kernel_step(planned, name).config for name in ("h", "y", "g", "dx", "dA", "dB")}
-    x = p.x.detach()
-    h, g = x @ p.B.t(), p.dy @ p.A
-    launched = tiles or (lambda name, shipped: {TRITON: shipped})
-
-    def projected(name: str, rows: Tensor, right: Tensor) -> Product:
-        kernels = {key: partial(project, rows, right, c) for key, c in launched(name, config[name]).items()}
-        exact = rows.double() @ right.double()
-        return Product(lambda: torch.mm(rows, right), kernels, dict.fromkeys((FLOOR, *kernels), exact))
-
-    def updated(name: str, rows: Tensor, right: Tensor, u: Tensor, v: Tensor) -> Product:
-        kernels = {
-            key: partial(gemm, rows, right, u, v, p.alpha, c)
-            for key, c in launched(name, config[name]).items()
-        }
-        base = rows.double() @ right.double()
-        whole = base + p.alpha * (u.double() @ v.double())
-        product = Product(
-            lambda: torch.mm(rows, right),
-            kernels,
-            {FLOOR: base, **dict.fromkeys(kernels, whole)},
-            dict.fromkeys(kernels, lambda: torch.mm(rows, right).addmm_(u, v, alpha=p.alpha)),
-        )
-        if tiles is not None:
-            return product
-        # Rank 0: the same kernel and tiles, but the loop over the ranks is empty.
-        product.kernels[TRITON + OFF] = partial(gemm, rows, right, u[:, :0], v[:0], p.alpha, config[name])
-        product.exact[TRITON + OFF] = base
-        if schedule in SCHEDULES and planned.device.capability == 90 and s.M >= 128:
-            _add_hopper(product, schedule, rows, right, u, v, p.alpha)
-            product.exact[schedule], product.eager[schedule] = whole, product.eager[TRITON]
-        return product
-
-    def forward() -> Product:
-        """The kernel that computes h and y, if the tokens are few enough for it."""
-        one = small_config(planned)
-        named = {} if one is None else launched("forward", one) if tiles else {ONE_LAUNCH: one}
-        right = p.weight.t()
-        exact = x.double() @ right.double() + p.alpha * (x.double() @ p.B.double().t()) @ p.A.double().t()
-        kernels = {key: lambda c=c: small(x, p.weight, p.A, p.B, p.alpha, c)[0] for key, c in named.items()}
-        base = x.double() @ right.double()
-        return Product(
-            lambda: torch.mm(x, right),
-            kernels,
-            {FLOOR: base, **dict.fromkeys(kernels, exact)},
-            dict.fromkeys(kernels, lambda: torch.mm(x, right).addmm_(x @ p.B.t(), p.A.t(), alpha=p.alpha)),
-        )
-
-    def y() -> Product:
-        product = updated("y", x, p.weight.t(), h, p.A.t())
-        if tiles is None and small_config(planned) is not None:
-            one = forward()
-            product.kernels.update(one.kernels)
-            product.exact.update({**one.exact, **product.exact})
-            product.eager.update(one.eager)
-        return product
-
-    def summed(name: str, rows: Tensor, u: Tensor) -> Product:
-        kernels = {
-            key: partial(token_sum, rows, u, 1.0, c, p.dtype)
-            for key, c in launched(name, config[name]).items()
-        }
-        exact = rows.double().t() @ u.double()
-        return Product(lambda: torch.mm(rows.t(), u), kernels, dict.fromkeys((FLOOR, *kernels), exact))
-
-    def together() -> Product:
-        one = backward_config(planned)
-        kernels = {
-            key: partial(g_and_dA, p.dy, p.A, h, 1.0, c, p.dtype)
-            for key, c in (launched("g+dA", one) if tiles else {ONE_LAUNCH: one}).items()
-        }
-        if tiles is None:
-            kernels[TRITON] = lambda: (
-                project(p.dy, p.A, config["g"]),
-                token_sum(p.dy, h, 1.0, config["dA"], p.dtype),
-            )
-        exact = p.dy.double() @ p.A.double(), p.dy.double().t() @ h.double()
-        return Product(
-            lambda: (torch.mm(p.dy, p.A), torch.mm(p.dy.t(), h)),
-            kernels,
-            dict.fromkeys((FLOOR, *kernels), exact),
-        )
-
-    def with_projection(names: str, rows: Tensor, right: Tensor, down: Tensor, up: Tensor) -> Product:
-        """h and y, or g and dx: U = rows @ down and rows @ right + alpha * U @ up."""
-        first, second = (config[name] for name in names.split("+"))
-
-        def apart() -> tuple[Tensor, Tensor]:
-            u = project(rows, down, first)
-            return u, gemm(rows, right, u, up, p.alpha, second)
-
-        def eager() -> tuple[Tensor, Tensor]:
-            u = torch.mm(rows, down)
-            return u, torch.mm(rows, right).addmm_(u, up, alpha=p.alpha)
-
-        u, base = rows.double() @ down.double(), rows.double() @ right.double()
-        product = Product(
-            lambda: (torch.mm(rows, down), torch.mm(rows, right)),
-            {TRITON: apart},
-            {FLOOR: (u, base), TRITON: (u, base + p.alpha * (u @ up.double()))},
-            {TRITON: eager},
-        )
-        if schedule == PROJECTS and planned.device.capability == 90 and s.M >= 128:
-            _add_projecting_hopper(
-                product, rows, right, down, up, p.alpha, partial(project, rows, down, first)
-            )
-        return product
-
-    def dropped() -> Product:
-        """dx with dropout. Its tiles are never swept: tune compares its two forms."""
-        one = kernel_step(replace(planned, dropout=True), "dx").config
-        update = select_update(s.R)
-        seed = torch.zeros(1, dtype=torch.int64, device=p.dy.device)
-        threshold, scale = masks.keep_threshold(DROPOUT), p.alpha * masks.keep_scale(DROPOUT)
-        kernels = {
-            TRITON: lambda: gemm(p.dy, p.weight, g, p.B, scale, one, None, seed, threshold),
-            BLAS_AND_UPDATE: lambda: add_update(
-                torch.mm(p.dy, p.weight), g, p.B, scale, update, seed, threshold
-            ),
-        }
-        base = p.dy.double() @ p.weight.double()
-        keep = reference.keep_mask(seed, s.M, s.K, DROPOUT).double()
-        whole = base + scale * keep * (g.double() @ p.B.double())
-        exact = {FLOOR: base, **dict.fromkeys(kernels, whole)}
-
-        def eager() -> Tensor:
-            return torch.mm(p.dy, p.weight).addcmul_(torch.mm(g, p.B), keep.to(p.dtype), value=scale)
-
-        return Product(lambda: torch.mm(p.dy, p.weight), kernels, exact, dict.fromkeys(kernels, eager))
-
+    make, p = _Products(problem, schedule, tiles), problem
+    x, h, g = p.x.detach(), p.x.detach() @ p.B.t(), p.dy @ p.A
     return {
-        "y": y,
-        "dx": lambda: updated("dx", p.dy, p.weight, g, p.B),
-        "h": lambda: projected("h", x, p.B.t()),
-        "g": lambda: projected("g", p.dy, p.A),
-        "dA": lambda: summed("dA", p.dy, h),
-        "dB": lambda: summed("dB", x, g),
-        "g+dA": together,
-        "h+y": lambda: with_projection("h+y", x, p.weight.t(), p.B.t(), p.A.t()),
-        "g+dx": lambda: with_projection("g+dx", p.dy, p.weight, p.A, p.B),
-        "dx+dropout": dropped,
-        "forward": forward,
+        "y": lambda: make.gemm("y", x, p.weight.t(), h, p.A.t()),
+        "dx": lambda: make.gemm("dx", p.dy, p.weight, g, p.B),
+        "h": lambda: make.project("h", x, p.B.t()),
+        "g": lambda: make.project("g", p.dy, p.A),
+        "dA": lambda: make.token_sum("dA", p.dy, h),
+        "dB": lambda: make.token_sum("dB", x, g),
+        "g+dA": lambda: make.g_and_dA(p.dy, p.A, h),
+        "h+y": lambda: make.project_and_gemm("h+y", x, p.weight.t(), p.B.t(), p.A.t()),
+        "g+dx": lambda: make.project_and_gemm("g+dx", p.dy, p.weight, p.A, p.B),
+        "dx+dropout": lambda: make.dropped_gemm(p.dy, p.weight, g, p.B),
+        "forward": lambda: make.forward(x, p.weight, p.A, p.B),
     }
 
 
-def _add_hopper(
-    product: Product, name: str, rows: Tensor, right: Tensor, u: Tensor, v: Tensor, alpha: float
-) -> None:
-    """Add a schedule of the warp-specialised loop to the product, with and without the update."""
-    from fastlora.kernels import configs, hopper
+class _Products:
+    """Makes the products of one problem; see :func:`products`."""
 
-    by_rows = right.stride(1) == 1
-    right, v = (right, v) if by_rows else (right.t(), v.t())
-    off = (u[:, :0], v[:0] if by_rows else v[:, :0])
-    sms = torch.cuda.get_device_properties(rows.device).multi_processor_count
-    config = configs.select_hopper(sms, u.shape[1], SCHEDULES[name])
-    product.kernels[name] = lambda: hopper.gemm(rows, right, u, v, alpha, config, None, by_rows)
-    product.kernels[name + OFF] = lambda: hopper.gemm(rows, right, *off, alpha, config, None, by_rows)
-    product.exact[name + OFF] = product.exact[FLOOR]
+    def __init__(self, problem: Problem, schedule: str | None, tiles: Tiles | None) -> None:
+        s = problem.shape
+        self.planned = planner.Problem(describe(problem.device), problem.dtype, s.M, s.N, s.K, s.R)
+        planner.make_plan(self.planned, "triton")  # raises if the kernels cannot run
+        self.alpha = problem.alpha
+        self.tiles = tiles
+        on_hopper = self.planned.device.capability == 90 and s.M >= 128
+        self.schedule = schedule if on_hopper and tiles is None else None
+
+    def configs(self, product: str, name: str = TRITON) -> Mapping[str, configs.Config]:
+        """The configurations to launch: the shipped one as ``name``, or those to measure instead."""
+        shipped = shipped_config(self.planned, product)
+        if shipped is None:
+            return {}
+        return {name: shipped} if self.tiles is None else self.tiles(product, shipped)
+
+    def project(self, name: str, p: Tensor, q: Tensor) -> Product:
+        from fastlora.kernels.project import project
+
+        return Product(
+            (p, q), torch.mm, {key: partial(project, p, q, c) for key, c in self.configs(name).items()}
+        )
+
+    def gemm(self, name: str, p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> Product:
+        from fastlora.kernels.gemm import gemm
+
+        named = self.configs(name)
+        kernels: Kernels = {key: partial(gemm, p, q, u, v, self.alpha, c) for key, c in named.items()}
+        formulas = dict.fromkeys(kernels, self._updated)
+        if self.tiles is None:
+            # Rank 0: the same kernel and tiles, but the loop over the ranks is empty.
+            kernels[TRITON + OFF] = partial(gemm, p, q, u[:, :0], v[:0], self.alpha, named[TRITON])
+        if self.schedule in SCHEDULES:
+            kernels |= self._hopper_gemm(self.schedule, p, q, u, v)
+            formulas[self.schedule] = self._updated
+        return Product((p, q, u, v), _frozen, kernels, formulas)
+
+    def _updated(self, p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return torch.mm(p, q).addmm_(u, v, alpha=self.alpha)
+
+    def _hopper_gemm(self, schedule: str, p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> Kernels:
+        """A schedule of the warp-specialised loop, with and without the update."""
+        from fastlora.kernels import hopper
+
+        by_rows = q.stride(1) == 1
+        q, v = (q, v) if by_rows else (q.t(), v.t())
+        off = v[:0] if by_rows else v[:, :0]
+        config = configs.select_hopper(self.planned.device.sms, u.shape[1], SCHEDULES[schedule])
+        return {
+            schedule: partial(hopper.gemm, p, q, u, v, self.alpha, config, None, by_rows),
+            schedule + OFF: partial(hopper.gemm, p, q, u[:, :0], off, self.alpha, config, None, by_rows),
+        }
+
+    def dropped_gemm(self, p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> Product:
+        """dx with dropout. Its tiles are never swept: tune compares its two forms."""
+        problem = replace(self.planned, dropout=True)
+        seed = torch.zeros(1, dtype=torch.int64, device=p.device)
+        drop = ops.Dropout(seed, DROPOUT, problem.M, problem.K)
+        paths = {TRITON: "triton", BLAS_AND_UPDATE: "addmm"}
+        steps = {name: planner.step_of(problem, "dx", path, "") for name, path in paths.items()}
+
+        def updated(p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> Tensor:
+            keep = reference.keep_mask(seed, problem.M, problem.K, DROPOUT).to(p.dtype)
+            return torch.mm(p, q).addcmul_(torch.mm(u, v), keep, value=self.alpha * drop.scale)
+
+        kernels: Kernels = {
+            name: partial(ops.run_gemm, step, p, q, u, v, self.alpha, None, drop)
+            for name, step in steps.items()
+        }
+        return Product((p, q, u, v), _frozen, kernels, dict.fromkeys(kernels, updated))
+
+    def forward(self, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Product:
+        """y by the kernel that computes h and y, if the tokens are few enough for it."""
+        from fastlora.kernels.small import small
+
+        def updated(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            return torch.mm(x, weight.t()).addmm_(x @ B.t(), A.t(), alpha=self.alpha)
+
+        kernels: Kernels = {
+            key: lambda c=c: small(x, weight, A, B, self.alpha, c)[0]
+            for key, c in self.configs("forward", ONE_LAUNCH).items()
+        }
+        operands = x, weight, A, B
+        return Product(
+            operands, lambda x, weight, *_: torch.mm(x, weight.t()), kernels, dict.fromkeys(kernels, updated)
+        )
+
+    def token_sum(self, name: str, p: Tensor, u: Tensor) -> Product:
+        from fastlora.kernels.token_sum import token_sum
+
+        kernels: Kernels = {
+            key: partial(token_sum, p, u, 1.0, c, p.dtype) for key, c in self.configs(name).items()
+        }
+        return Product((p, u), lambda p, u: torch.mm(p.t(), u), kernels)
+
+    def g_and_dA(self, dy: Tensor, A: Tensor, h: Tensor) -> Product:
+        from fastlora.kernels.backward import g_and_dA
+
+        kernels: Kernels = {
+            key: partial(g_and_dA, dy, A, h, 1.0, c, dy.dtype)
+            for key, c in self.configs("g+dA", ONE_LAUNCH).items()
+        }
+        if self.tiles is None:
+            parts = [made.kernels[TRITON] for made in (self.project("g", dy, A), self.token_sum("dA", dy, h))]
+            kernels[TRITON] = lambda: tuple(part() for part in parts)
+        return Product((dy, A, h), lambda dy, A, h: (torch.mm(dy, A), torch.mm(dy.t(), h)), kernels)
+
+    def project_and_gemm(self, names: str, p: Tensor, q: Tensor, down: Tensor, up: Tensor) -> Product:
+        """h and y, or g and dx: U = p @ down, and p @ q + alpha * U @ up."""
+        from fastlora.kernels.gemm import gemm
+        from fastlora.kernels.project import project
+
+        first, second = (shipped_config(self.planned, name) for name in names.split("+"))
+
+        def apart() -> Result:
+            u = project(p, down, first)
+            return u, gemm(p, q, u, up, self.alpha, second)
+
+        def frozen(p: Tensor, q: Tensor, down: Tensor, up: Tensor) -> Result:
+            return torch.mm(p, down), torch.mm(p, q)
+
+        def updated(p: Tensor, q: Tensor, down: Tensor, up: Tensor) -> Result:
+            u = torch.mm(p, down)
+            return u, self._updated(p, q, u, up)
+
+        def scaled(*operands: Tensor) -> Result:
+            u, c = updated(*operands)
+            return self.alpha * u, c
+
+        product = Product((p, q, down, up), frozen, {TRITON: apart}, {TRITON: updated})
+        if self.schedule == PROJECTS:
+            product.kernels.update(self._hopper_project(p, q, down, up, partial(project, p, down, first)))
+            product.formulas.update({"hopper": updated, PROJECTS: scaled})
+        return product
+
+    def _hopper_project(
+        self, p: Tensor, q: Tensor, down: Tensor, up: Tensor, projected: Callable[[], Tensor]
+    ) -> Kernels:
+        """The warp-specialised loop that computes alpha * U too, and the other one after ``projected``."""
+        from fastlora.kernels import hopper
+        from fastlora.kernels.hopper_project import project_and_gemm
+
+        by_rows = q.stride(1) == 1
+        right, z, v = (q, down, up) if by_rows else (q.t(), down.t(), up.t())
+        sms = self.planned.device.sms
+        loop = configs.select_hopper(sms, down.shape[1])
+        projecting = configs.select_hopper_project(sms, down.shape[1])
+
+        def apart() -> Result:
+            u = projected()
+            return u, hopper.gemm(p, right, u, v, self.alpha, loop, None, by_rows)
+
+        def together() -> Result:
+            c, u = project_and_gemm(p, right, z, v, self.alpha, projecting, None, by_rows)
+            return u, c
+
+        return {"hopper": apart, PROJECTS: together}
 
 
-def _add_projecting_hopper(
-    product: Product,
-    rows: Tensor,
-    right: Tensor,
-    down: Tensor,
-    up: Tensor,
-    alpha: float,
-    projected: Callable[[], Tensor],
-) -> None:
-    """Add the warp-specialised loop that computes alpha * U too, and the other one after ``projected``."""
-    from fastlora.kernels import configs, hopper
-    from fastlora.kernels.hopper_project import project_and_gemm
-
-    by_rows = right.stride(1) == 1
-    q, z, v = (right, down, up) if by_rows else (right.t(), down.t(), up.t())
-    sms = torch.cuda.get_device_properties(rows.device).multi_processor_count
-    loop = configs.select_hopper(sms, down.shape[1])
-    projecting = configs.select_hopper_project(sms, down.shape[1])
-
-    def apart() -> tuple[Tensor, Tensor]:
-        u = projected()
-        return u, hopper.gemm(rows, q, u, v, alpha, loop, None, by_rows)
-
-    def together() -> tuple[Tensor, Tensor]:
-        c, u = project_and_gemm(rows, q, z, v, alpha, projecting, None, by_rows)
-        return u, c
-
-    product.kernels.update({"hopper": apart, PROJECTS: together})
-    u, c = product.exact[TRITON]
-    product.exact.update({"hopper": (u, c), PROJECTS: (alpha * u, c)})
-    eager = product.eager[TRITON]
-    product.eager.update({"hopper": eager, PROJECTS: lambda: (alpha * eager()[0], eager()[1])})
+def _frozen(p: Tensor, q: Tensor, *_: Tensor) -> Tensor:
+    """The product that an update is added to."""
+    return torch.mm(p, q)
 
 
 @sums_in_float32()
 def failures(product: Product, device: torch.device) -> dict[str, str]:
-    """What is wrong with each kernel; its error may be at most twice that of its eager form, plus 1e-6."""
+    """What is wrong with each kernel; its error may be at most twice that of its formula, plus 1e-6."""
+    wide = [operand.double() for operand in product.operands]
+
+    @functools.cache  # many kernels compute the same
+    def exact_and_allowed(formula: Callable[..., Result]) -> tuple[Result, list[Error]]:
+        exact = formula(*wide)
+        return exact, _errors(formula(*product.operands), exact)
+
     wrong = {}
     for name, kernel in product.kernels.items():
+        exact, allowed = exact_and_allowed(product.formulas.get(name, product.blas))
         try:
-            errors = _errors(kernel(), product.exact[name])
+            errors = _errors(kernel(), exact)
         except Exception as failure:
-            raise_out_of_memory(failure)
+            ops.raise_out_of_memory(failure)
             if not device_works(device):
                 raise
             wrong[name] = f"error: {one_line(failure)}"
             continue
-        allowed = _errors(product.eager.get(name, product.blas)(), product.exact[name])
         for found, bound in zip(errors, allowed, strict=True):
             for kind in ("largest", "rms"):
                 value, limit = getattr(found, kind), FACTOR * getattr(bound, kind) + SLACK
@@ -295,7 +291,7 @@ def failures(product: Product, device: torch.device) -> dict[str, str]:
     return wrong
 
 
-def _errors(results: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Tensor, ...]) -> list[Error]:
+def _errors(results: Result, exact: Result) -> list[Error]:
     if isinstance(exact, Tensor):
         results, exact = (results,), (exact,)
     return [error(result, value) for result, value in zip(results, exact, strict=True)]
@@ -316,7 +312,7 @@ def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Me
         schedule = plan.section if plan.section in (*SCHEDULES, PROJECTS) else None
         makers = [products(problem, schedule, tiles) for problem in problems]
     except RuntimeError as reason:
-        raise_out_of_memory(reason)
+        ops.raise_out_of_memory(reason)
         row = replace(base_row(shape, plan), provider=TRITON, status=f"unavailable: {reason}")
         measurement.rows = failed_rows(row, plan)
         return measurement
@@ -331,7 +327,7 @@ def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Me
             right = [FLOOR, *(kernel for kernel in sets[0].kernels if kernel not in wrong)]
             _time(
                 measurement,
-                [{FLOOR: s.blas, **s.kernels} for s in sets],
+                [{FLOOR: partial(s.blas, *s.operands), **s.kernels} for s in sets],
                 right,
                 replace(base, timer=timer),
                 plan,

@@ -22,7 +22,14 @@ source_tree.install()  # also needed in the worker processes, which import this 
 
 import torch  # noqa: E402
 from measure import Measurement, Plan, base_row, one_line  # noqa: E402
-from primitives import FLOOR, TRITON, failures, measure_products, products  # noqa: E402
+from primitives import (  # noqa: E402
+    FLOOR,
+    TRITON,
+    failures,
+    measure_products,
+    products,
+    shipped_config,
+)
 from problem import make_problem  # noqa: E402
 from results import OK, Row  # noqa: E402
 from shapes import Shape  # noqa: E402
@@ -237,12 +244,7 @@ def _share(product: str, shape: Shape, plan: Plan, part: int, parts: int) -> dic
     """Every ``parts``-th candidate, starting with number ``part``."""
     device = describe(plan.device)
     problem = planner.Problem(device, plan.dtype, shape.M, shape.N, shape.K, shape.R)
-    if product == "forward":
-        shipped = planner.small_config(problem)
-    elif product == "g+dA":
-        shipped = planner.backward_config(problem)
-    else:
-        shipped = planner.kernel_step(problem, product).config
+    shipped = shipped_config(problem, product)
     if shipped is None:
         return {}
     named = candidates(shipped, device.tile_capability)

@@ -33,6 +33,7 @@ import gpu  # noqa: E402
 import group_providers  # noqa: E402
 import model_providers  # noqa: E402
 import plot  # noqa: E402
+import primitives  # noqa: E402
 import providers  # noqa: E402
 import results  # noqa: E402
 import shapes  # noqa: E402
@@ -40,7 +41,15 @@ import tables  # noqa: E402
 import tiles  # noqa: E402
 import timing  # noqa: E402
 from measure import Checks, Plan, measure  # noqa: E402
-from primitives import BLAS_AND_UPDATE, OFF, ONE_LAUNCH, TRITON, failures, products  # noqa: E402
+from primitives import (  # noqa: E402
+    BLAS_AND_UPDATE,
+    OFF,
+    ONE_LAUNCH,
+    TRITON,
+    failures,
+    products,
+    shipped_config,
+)
 from problem import Layer, Problem, Unavailable, make_problem, step  # noqa: E402
 from providers import PROVIDERS, Provider  # noqa: E402
 from shapes import GroupShape, ModelShape, Shape  # noqa: E402
@@ -473,15 +482,39 @@ def test_products_are_as_accurate_as_what_computes_the_same():
         assert failures(product(), CPU) == {}, name
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a Hopper GPU")
+@pytest.mark.parametrize("schedule", [*primitives.SCHEDULES, primitives.PROJECTS])
+def test_hopper_loops_are_called_as_they_are_meant(monkeypatch, schedule):
+    """Their launchers are replaced by what they compute, as they run on Hopper alone."""
+
+    def gemm(p, q, u, v, scale, config, bias, q_by_rows):
+        q, v = (q, v) if q_by_rows else (q.t(), v.t())
+        return torch.mm(p, q).addmm_(u, v, alpha=scale)
+
+    def project_and_gemm(p, q, z, v, scale, config, bias, q_by_rows):
+        u = scale * (p @ (z if q_by_rows else z.t()))
+        return gemm(p, q, u, v, 1.0, config, bias, q_by_rows), u
+
+    monkeypatch.setattr("fastlora.kernels.hopper.gemm", gemm)
+    monkeypatch.setattr("fastlora.kernels.hopper_project.project_and_gemm", project_and_gemm)
+    monkeypatch.setattr(primitives, "describe", lambda device: Device("cuda", "NVIDIA H100", 90, 132))
+    made = products(problem(Shape(128, 48, 64, 8), bias=False), schedule)
+    names, kernels = ("y", "dx"), {TRITON, TRITON + OFF, schedule, schedule + OFF}
+    if schedule == primitives.PROJECTS:
+        names, kernels = ("h+y", "g+dx"), {TRITON, "hopper", schedule}
+    for name in names:
+        product = made[name]()
+        assert product.kernels.keys() == kernels
+        assert failures(product, CPU) == {}
+
+
 @pytest.mark.parametrize("capability", sorted(configs.SHARED_MEMORY))
 def test_tile_candidates(capability):
     """The shipped shape is the first; every product that is swept has others that fit, each once."""
     device = Device("cuda", "", capability, 132)
     for product, s in tiles.work():
         problem = planner.Problem(device, torch.bfloat16, s.M, s.N, s.K, s.R)
-        shipped = {"forward": planner.small_config, "g+dA": planner.backward_config}.get(
-            product, lambda p, product=product: planner.kernel_step(p, product).config
-        )(problem)
+        shipped = shipped_config(problem, product)
         named = tiles.candidates(shipped, capability)
         assert next(iter(named)) == f"triton {tiles.text(shipped)}"
         assert next(iter(named.values())) == shipped
