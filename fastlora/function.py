@@ -14,7 +14,7 @@ from fastlora.checks import as_number, check_alpha, check_dropout
 from fastlora.device import describe
 from fastlora.dtensors import is_wrapper, shared_seed, with_whole_gradients
 from fastlora.paths import current_mode
-from fastlora.planner import Plan, Problem, make_plan
+from fastlora.planner import Plan, Problem, make_plan, uniform_plan
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -371,7 +371,12 @@ def plan(
         RuntimeError: inside ``use_path("triton")`` where the kernels cannot run.
     """
     check_arguments(x, weight, A, B, 1.0, bias, dropout, None)
-    return make_plan(problem_of(x, x.numel() // max(x.shape[-1], 1), weight, A, dropout), current_mode())
+    problem = problem_of(x, x.numel() // max(x.shape[-1], 1), weight, A, dropout)
+    if any(is_wrapper(tensor) for tensor in (x, weight, A, B)):
+        return uniform_plan(problem, "reference", "a sharded or otherwise wrapped tensor")
+    if needs_plain_operations():
+        return uniform_plan(problem, "reference", "torch.func, forward-mode gradients, a trace or an export")
+    return make_plan(problem, current_mode())
 
 
 def problem_of(like: Tensor, tokens: int, weight: Tensor, A: Tensor, dropout: float) -> Problem:

@@ -239,13 +239,13 @@ def make_plan(problem: Problem, mode: str = "auto") -> Plan:
     if mode == "triton" and obstacle:
         raise RuntimeError(f"use_path('triton'): {obstacle}")
     if mode != "auto":
-        return _uniform_plan(problem, mode, f"use_path({mode!r})")
+        return uniform_plan(problem, mode, f"use_path({mode!r})")
     if problem.device.kind == "cpu":
-        return _uniform_plan(problem, "addmm", "CPU: the BLAS with beta = 1 saves a pass over y and dx")
+        return uniform_plan(problem, "addmm", "CPU: the BLAS with beta = 1 saves a pass over y and dx")
     if obstacle:
-        return _uniform_plan(problem, "addmm", obstacle)
+        return uniform_plan(problem, "addmm", obstacle)
     if problem.dtype not in _HALF:
-        return _uniform_plan(problem, "addmm", f"{_name(problem.dtype)} has no fused tensor-core kernel")
+        return uniform_plan(problem, "addmm", f"{_name(problem.dtype)} has no fused tensor-core kernel")
     return _chosen_plan(problem)
 
 
@@ -291,7 +291,7 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
     return Step(dx.primitive, "triton", config, reason) if triton <= addmm else _blas_step(p, "dx", reason)
 
 
-def _uniform_plan(problem: Problem, path: str, reason: str) -> Plan:
+def uniform_plan(problem: Problem, path: str, reason: str) -> Plan:
     """Every step on one path."""
     if path == "triton" and interpreting():
         reason += ", in Triton's interpreter"

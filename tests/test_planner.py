@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from cases import CUDA, HALF, dtype_id, tensors
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastlora
 from fastlora import function, ops, planner
@@ -386,6 +387,23 @@ class TestPublicPlan:
         assert_complete(plan)
         assert set(paths(plan).values()) == {mode}
         assert "use_path" in plan.reason
+
+    @pytest.mark.parametrize("mode", ["auto", "addmm"])
+    def test_what_plain_operations_compute(self, mode):
+        arguments, found = case_arguments(), []
+        twice = {**arguments, "weight": TwoTensor(arguments["weight"], arguments["weight"].clone())}
+
+        def planned_inside(x):
+            found.append(fastlora.plan(**{**arguments, "x": x}))
+            return x
+
+        with use_path(mode):
+            found.append(fastlora.plan(**twice))
+            torch.func.vmap(planned_inside)(arguments["x"][None])
+        for plan, words in zip(found, ("wrapped tensor", "torch.func"), strict=True):
+            assert_complete(plan)
+            assert set(paths(plan).values()) == {"reference"}
+            assert words in plan.reason
 
     def test_computes_and_draws_nothing(self):
         arguments = case_arguments()
