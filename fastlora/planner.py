@@ -438,7 +438,11 @@ def _key(problem: Problem, product: str) -> dict[str, Any]:
 
 
 def _find(problem: Problem, product: str) -> measured.Finding | None:
-    return measured.find(**_key(problem, product), M=problem.M, N=problem.N, K=problem.K)
+    found = measured.find(**_key(problem, product), M=problem.M, N=problem.N, K=problem.K)
+    if found is None or problem.adapter_itemsize <= problem.dtype.itemsize:
+        return found
+    # tune measures with adapters of one dtype alone.
+    return dataclasses.replace(found, reason=f"{found.reason}, with {_name(problem.dtype)} adapters")
 
 
 _SLOW = "the kernels are slow where a size is not a multiple of 16"

@@ -319,6 +319,12 @@ class TestPlan:
         assert not plan.one_launch
         assert plan.y.path == "addmm"
 
+    def test_rows_for_wider_adapters_say_what_was_measured(self, cache):
+        write(cache, pair(1.0, 2.0))
+        plan = make_plan(Problem(H200, torch.bfloat16, 4096, 4096, 4096, 16, adapter_dtype=torch.float32))
+        assert plan.path == "triton"
+        assert plan.reason == "tuned here: triton 1.0 us, addmm 2.0 us, with bfloat16 adapters"
+
     def test_use_path_goes_before_rows(self, cache):
         write(cache, pair(2.0, 1.0))
         assert planned(mode="triton").path == "triton"
