@@ -578,9 +578,9 @@ def _meta_model(name: str) -> nn.Module:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
             return AutoModel.from_config(config)
-    except (OSError, ValueError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"transformers cannot build {name}: {first}") from error
+    except Exception as error:  # whatever transformers makes of an unusual configuration
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"transformers cannot build {name}: {type(error).__name__}: {why}") from error
 
 
 def _linear_features(model: nn.Module) -> dict[str, tuple[int, int]]:

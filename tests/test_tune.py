@@ -1110,6 +1110,13 @@ class TestArguments:
         assert tune.main(["--list", "--model", str(tmp_path)]) == 2
         assert "cannot be read" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("sizes", [{"hidden_size": "x"}, {"hidden_size": 30}, {"num_attention_heads": 0}])
+    def test_models_that_cannot_be_built(self, tmp_path, capsys, sizes):
+        pytest.importorskip("transformers")
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+        assert tune.main(["--list", "--model", str(tmp_path)]) == 2
+        assert "fastlora tune: transformers cannot build" in capsys.readouterr().err
+
     def test_extras_that_are_missing(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "transformers", None)
         assert tune.main(["--list", "--model", "some/model"]) == 2
