@@ -24,13 +24,12 @@ from timing import (
     Timing,
     alternate,
     captured,
-    input_sets,
     peak_bytes,
     saved_bytes,
 )
 
 from fastlora.device import sums_in_float32
-from fastlora.tune import in_turn
+from fastlora.tune import in_turn, input_sets
 
 MIB = 2**20
 CLOCKS: dict[str, type[Clock]] = {

@@ -20,13 +20,13 @@ from check import FACTOR, SLACK, Error, error
 from measure import CLOCKS, Measurement, Plan, base_row, device_works, failed_rows, one_line, with_times
 from problem import Problem, make_problem
 from shapes import Shape
-from timing import alternate, captured, input_sets
+from timing import alternate, captured
 from torch import Tensor
 
 from fastlora import ops, planner, reference
 from fastlora.device import describe, sums_in_float32
 from fastlora.kernels import configs
-from fastlora.tune import DROPOUT, in_turn, least_read
+from fastlora.tune import DROPOUT, in_turn, input_sets, least_read
 
 FLOOR = "blas"
 TRITON = "triton"

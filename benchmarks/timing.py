@@ -193,17 +193,6 @@ def captured(function: Callable[[], object], stream: torch.cuda.Stream) -> Calla
     return replay
 
 
-def input_sets(bytes_per_set: int, device: torch.device, fewest: int = 2) -> int:
-    """How many input sets to rotate over: on a GPU, enough for three times its L2 cache; on a CPU, one.
-
-    ``bytes_per_set``: what the timed calls read from each set.
-    """
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(fewest, min(32, math.ceil(3 * cache / max(bytes_per_set, 1))))
-
-
 def saved_bytes(step: Callable[[], object], known: Iterable[Tensor]) -> int:
     """Bytes of the storages that autograd keeps for backward during ``step``, except those of ``known``.
 

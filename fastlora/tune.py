@@ -418,13 +418,21 @@ def tune(
 
 
 def _input_sets(shape: Shape, device: torch.device) -> int:
-    """The number of input sets used in turn: on a GPU, three times its L2 cache, so that none stays in it."""
+    """The number of input sets that a shape's products are timed with, within a limit of memory."""
+    M, N, K = shape.M, shape.N, shape.K
+    whole = 2 * (M * (N + K) + N * K)
+    return min(input_sets(2 * least_read(M, N, K), device), max(2, _MAX_BYTES // whole))
+
+
+def input_sets(bytes_read: int, device: torch.device, fewest: int = 2) -> int:
+    """How many input sets to use in turn: on a GPU, enough for three times its L2 cache; on a CPU, one.
+
+    ``bytes_read``: what the timed calls read of each set.
+    """
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    M, N, K = shape.M, shape.N, shape.K
-    whole = 2 * (M * (N + K) + N * K)
-    return max(2, min(_MAX_SETS, _MAX_BYTES // whole, math.ceil(3 * cache / (2 * least_read(M, N, K)))))
+    return max(fewest, min(_MAX_SETS, math.ceil(3 * cache / max(bytes_read, 1))))
 
 
 def least_read(M: int, N: int, K: int) -> int:
