@@ -299,7 +299,7 @@ def measure(
     broke the GPU in an earlier run and are skipped. Returns no rows, with a warning, if the timer fails.
 
     Raises:
-        DeviceLost: with the row of the path that broke the device.
+        DeviceLost: with the row of the path that broke the device; of a kernel, if they were being timed.
     """
     problem = Problem(described, dtype, shape.M, shape.N, shape.K, shape.R, dropout)
     computations = [computation(product, problem, inputs, before) for inputs in sets]
@@ -342,7 +342,8 @@ def measure(
         ops.raise_out_of_memory(error)
         reason = (str(error).strip().splitlines() or [""])[0]
         if not _works(sets[0].x.device):
-            raise DeviceLost(row(list(calls)[-1], f"{_LOST}timed: {reason}"[:200])) from error
+            # Any of them may have done it; the first is a kernel of ours, the last the BLAS.
+            raise DeviceLost(row(next(iter(calls)), f"{_LOST}timed: {reason}"[:200])) from error
         warnings.warn(f"{product} at {shape} was not timed: {reason}", RuntimeWarning, stacklevel=2)
         return []
     return [row(path, status[path], seconds.get(path)) for path in paths]

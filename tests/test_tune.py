@@ -872,6 +872,19 @@ class TestCommand:
         assert "dA by triton" in capsys.readouterr().err
         assert planned(TEST_GPU, 8192, 4096, 4096, 4).dA.path == "addmm"
 
+    def test_a_device_lost_while_paths_are_timed(self, cache, monkeypatch, capsys):
+        """The kernel is suspected, not the BLAS."""
+
+        def timer(functions):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(tune, "_works", lambda device: False)
+        assert run("--shapes", "20,24,32,4", timer=timer) == 2
+        (lost,) = measured.read_rows(cache)
+        assert (lost.product, lost.path) == ("h", "triton")
+        assert lost.status.startswith("lost the GPU: timed: CUDA error: an illegal")
+        assert planned(TEST_GPU, 8192, 4096, 4096, 4).h.path == "addmm"
+
     @pytest.mark.parametrize("shape", ["20,24,32,4", "300,40,8,9"])
     def test_after_a_lost_device(self, cache, monkeypatch, shape):
         """The path that broke the GPU is not run again, so that the next run gets past it, at any shape."""
