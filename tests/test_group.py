@@ -863,8 +863,11 @@ class TestSiblings:
             model.eval()(x)
         assert launches == ["g", "s"] + ["s"] * 3
 
-    @pytest.mark.parametrize("reentrant", [False, True])
-    def test_what_was_learned_does_not_change_a_checkpoint(self, reentrant):
+    @pytest.mark.parametrize(
+        ("reentrant", "training"),
+        [(False, True), (True, True), (False, False)],  # a reentrant one in eval mode looks like inference
+    )
+    def test_what_was_learned_does_not_change_a_checkpoint(self, reentrant, training):
         """Neither the first call's own recompute nor a call for inference before it."""
 
         class Shifted(Parent):
@@ -873,11 +876,11 @@ class TestSiblings:
 
         def gradients(model, checkpointed):
             torch.manual_seed(4)
-            model.train().zero_grad()
+            model.train(training).zero_grad()
             y = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
             with torch.no_grad():
                 model.eval()(x)
-            model.train()
+            model.train(training)
             y.square().sum().backward()
             return [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
@@ -980,6 +983,57 @@ class TestSiblings:
             assert ours.dtype == theirs.dtype
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
         assert launches == ["g", "s"]
+
+    def test_another_path_is_another_call(self, launches):
+        class Mixed(Parent):
+            def forward(self, x):
+                q = self.q_proj(x)
+                with fastlora.use_path("reference"):
+                    return q, self.k_proj(x)
+
+        model, x = fastlora.group_projections(adapted(Mixed, ["q_proj", "k_proj"])), torch.randn(2, 5, 24)
+        model(x)
+        assert launches == ["g", "s"]
+
+    def test_a_parent_inside_that_forms_no_group_leaves_the_call_alone(self, launches):
+        """It gets two inputs that may be meant, one of which carries the call of the parent outside."""
+
+        class Outer(Parent):
+            def __init__(self):
+                super().__init__()
+                self.inner = Parent()
+
+            def forward(self, x):
+                return self.q_proj(x).sum() + self.inner(x, x + 1).sum() + self.k_proj(x).sum()
+
+        targets = ["q_proj", "k_proj"]
+        model, x = fastlora.group_projections(adapted(Outer, targets)), torch.randn(5, 24)
+        model(x)
+        assert launches == ["g", "s", "s"]
+
+    @pytest.mark.parametrize("kind", ["a number", "the input again", "a mask", "positions"])
+    def test_arguments_that_are_not_another_input(self, launches, kind):
+        class Given(Parent):
+            def forward(self, x, other):
+                return self.q_proj(x) + other.sum(), self.k_proj(x)
+
+        x = torch.randn(2, 24, 24)
+        other = {
+            "a number": torch.tensor(2.0),
+            "the input again": x,
+            "a mask": torch.zeros(2, 1, 24, 24),
+            "positions": torch.zeros(2, 1, 24, dtype=torch.int64),
+        }[kind]
+        model = fastlora.group_projections(adapted(Given, ["q_proj", "k_proj"]))
+        model[0](x, other)
+        assert launches == ["g"]
+
+    def test_a_sibling_that_cannot_compute_raises_its_own_error(self, launches):
+        model = fastlora.group_projections(adapted(targets=["q_proj", "k_proj"]))
+        model[0].k_proj.A = nn.Parameter(model[0].k_proj.A.detach().double())
+        with pytest.raises(ValueError, match="^lora_linear: dtypes do not match"):
+            model(torch.randn(5, 24))
+        assert launches == ["s"]
 
     def test_a_parent_that_turns_gradients_on_again(self, launches):
         class Inner(Parent):

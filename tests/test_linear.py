@@ -274,6 +274,13 @@ class TestFromLinear:
         assert (layer.in_features, layer.out_features) == (7, 5)
         torch.testing.assert_close(layer(torch.ones(7)), linear(torch.ones(7)))
 
+    def test_leaves_the_layer_without_our_hook_and_with_dictionaries_of_its_own(self):
+        linear = nn.Linear(7, 5)
+        layer = FusedLoRALinear.from_linear(linear, 3)
+        assert not linear._forward_pre_hooks
+        linear.register_forward_hook(lambda *_: pytest.fail("a hook of the plain layer"))
+        layer(torch.ones(7))
+
     @pytest.mark.parametrize("training", [True, False])
     def test_training_mode(self, training):
         assert FusedLoRALinear.from_linear(nn.Linear(7, 5).train(training), 3).training is training
@@ -884,6 +891,20 @@ class TestMerge:
     def test_merged_cannot_be_set(self):
         with pytest.raises(AttributeError):
             random_layer().merged = True
+
+    def test_adapters_wider_than_float32(self):
+        case = tensors(9, 24, 40, 4, torch.float32, torch.float64)
+        layer = layer_of(case, 1.7)
+        layer.merge()
+        assert torch.equal(layer.weight, (case.weight.double() + 1.7 * case.A @ case.B).float())
+
+    def test_a_weight_parametrized_while_merged(self):
+        layer = random_layer()
+        layer.merge()
+        nn.utils.parametrizations.weight_norm(layer)
+        with pytest.raises(ValueError, match="unmerge: the weight .* is computed by a parametrization"):
+            layer.unmerge()
+        assert layer.merged
 
     def test_after_dtype_change(self):
         layer = random_layer()
