@@ -1,6 +1,7 @@
 """Groups of layers that share x: the functional form, its operators and kernel, and whole models."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import threading
@@ -651,6 +652,19 @@ class TestPlan:
         steps = (plan.h, plan.dx, plan.dB, *((b.y, b.g, b.dA) for b in plan.branches))
         flat = [s for step in steps for s in (step if isinstance(step, tuple) else (step,))]
         assert {step.path for step in flat} == {mode}
+
+    @pytest.mark.parametrize("name", ["h", "dx", "dB", "y", "g", "dA"])
+    def test_any_kernel_is_a_launch(self, name):
+        plan = self.plan(mode="addmm")
+        assert not plan.launches
+        branch = plan.branches[1]
+        step = dataclasses.replace(plan.h, config=configs.select_update(16))
+        if hasattr(plan, name):
+            plan = dataclasses.replace(plan, **{name: step})
+        else:
+            branches = (plan.branches[0], dataclasses.replace(branch, **{name: step}), plan.branches[2])
+            plan = dataclasses.replace(plan, branches=branches)
+        assert plan.launches
 
     def test_without_a_gpu(self):
         plan = self.plan(device=Device("cpu"))

@@ -182,6 +182,15 @@ class TestPins:
         assert seen == {"triton", "addmm"}
 
     @pytest.mark.parametrize("device", GPUS, ids=by_name)
+    @pytest.mark.parametrize("mode", ["auto", "triton"])
+    def test_dropout_changes_the_steps_of_its_products_alone(self, device, mode):
+        for N, K in SHAPES:
+            plain = planned(device, 8192, N, K, mode=mode)
+            dropped = planned(device, 8192, N, K, dropout=True, mode=mode)
+            for name in ("y", "g", "dA"):
+                assert getattr(dropped, name) == getattr(plain, name)
+
+    @pytest.mark.parametrize("device", GPUS, ids=by_name)
     def test_dropout_takes_the_kernels_where_a_mask_would_be_written(self, device):
         for N, K in SHAPES:
             for M in (1, 512, 8192):

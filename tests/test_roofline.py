@@ -6,7 +6,7 @@ import pytest
 
 from fastlora.device import Device
 from fastlora.kernels import configs
-from fastlora.roofline import LAUNCH, ROOFLINES, estimate, estimate_small, roofline_of
+from fastlora.roofline import _INTEGER_RATE, _MASK, LAUNCH, ROOFLINES, estimate, estimate_small, roofline_of
 
 
 def test_the_estimate():
@@ -61,6 +61,16 @@ def test_wider_adapters():
     config = configs.select_small(90, 132, 4096, 64, 2, 4)
     narrow, wide = (estimate_small(roofline, 1, 4096, 4096, 64, config, itemsize) for itemsize in (2, 4))
     assert 1.3 * narrow < wide < 2 * narrow
+
+
+def test_a_dropped_update_takes_as_long_as_its_mask():
+    """In both forms, as each draws it: where memory and tensor cores cost nothing, that is all."""
+    free = dataclasses.replace(ROOFLINES[80], flops=1e21, bytes=1e21)
+    config = configs.select_gemm(80, 4096, 4096, 16, 2, True)
+    mask = 4096 * 4096 * _MASK / (_INTEGER_RATE * free.sms)
+    dropped, plain = (estimate("gemm", free, 4096, 4096, 4096, 16, config, each) for each in (True, False))
+    for longer, shorter in zip(dropped, plain, strict=True):
+        assert longer - shorter == pytest.approx(mask, rel=0.1)
 
 
 def test_multiprocessors_are_the_devices():

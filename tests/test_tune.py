@@ -312,12 +312,13 @@ class TestPlan:
         assert planned().g_with_dA
         assert planner.make_group_plan(problem, *branches) == before
 
-    def test_no_estimate_against_a_row(self, cache):
+    @pytest.mark.parametrize("product", ["h", "y"])
+    def test_no_estimate_against_a_row(self, cache, product):
         assert planned(M=1).one_launch
-        write(cache, pair(2.0, 1.0, M=1))
+        write(cache, pair(2.0, 1.0, product=product, M=1))
         plan = planned(M=1)
         assert not plan.one_launch
-        assert plan.y.path == "addmm"
+        assert getattr(plan, product).path == "addmm"
 
     def test_rows_for_wider_adapters_say_what_was_measured(self, cache):
         write(cache, pair(1.0, 2.0))
@@ -404,6 +405,12 @@ class TestFailedChecks:
         assert planned(R=64) == estimated(R=64)
         write(cache, together(1.0, 2.0, R=64))
         assert planned(R=64).g_with_dA
+
+    def test_dx_of_a_group(self, cache):
+        problem = Problem(H200, torch.bfloat16, 1024, 4096, 4096, 48)
+        assert planner.make_group_plan(problem, (2048, 2048), (24, 24)).dx.path == "triton"
+        write(cache, [row("triton", None, product="dx", M=64, R=48)])
+        assert planner.make_group_plan(problem, (2048, 2048), (24, 24)).dx.path == "addmm"
 
     def test_every_path(self, cache):
         """Nothing passed: the plan still is whole."""
