@@ -1045,7 +1045,7 @@ class TestSiblings:
     def test_a_sibling_that_cannot_compute_raises_its_own_error(self, launches):
         model = fastlora.group_projections(adapted(targets=["q_proj", "k_proj"]))
         model[0].k_proj.A = nn.Parameter(model[0].k_proj.A.detach().double())
-        with pytest.raises(ValueError, match="^lora_linear: dtypes do not match"):
+        with pytest.raises(ValueError, match=r"^lora_linear: dtypes do not match"):
             model(torch.randn(5, 24))
         assert launches == ["s"]
 

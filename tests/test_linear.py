@@ -902,7 +902,7 @@ class TestMerge:
         layer = random_layer()
         layer.merge()
         nn.utils.parametrizations.weight_norm(layer)
-        with pytest.raises(ValueError, match="unmerge: the weight .* is computed by a parametrization"):
+        with pytest.raises(ValueError, match=r"unmerge: the weight .* is computed by a parametrization"):
             layer.unmerge()
         assert layer.merged
 
