@@ -1552,6 +1552,18 @@ class TestTransformers:
         with pytest.raises(TypeError, match="argument"):
             model(torch.randn(5, 24))
 
+    def test_a_peft_layer_that_fell_back_is_fused_again_in_a_group(self, launches):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj"])
+        model, x = fastlora.fuse_peft(peft.get_peft_model(Parent(), config)), torch.randn(5, 24)
+        fastlora.group_projections(model)
+        for layer in (model.base_model.model.q_proj, model.base_model.model.k_proj):
+            layer(x.to_sparse())
+        assert "fell back 2: x is nested or sparse (2)" in fastlora.summary(model)
+        model(x)
+        assert launches == ["g"]
+        assert "fused 2, fell back 0" in fastlora.summary(model)
+
     def test_peft_layers_that_fall_back_stay_single(self, launches):
         model, tokens = with_adapters(tiny("Llama"), "peft"), torch.randint(1, 40, (2, 9))
         fastlora.group_projections(model)

@@ -1013,10 +1013,16 @@ def test_fused_layers_from_the_start(tmp_path):
 
 
 def test_fused_layers_from_the_start_leave_other_layers_to_peft():
-    base = nn.Sequential(OwnLinear(4, 4), nn.Linear(4, 4))
-    config = register_fused_layers(LoraConfig(target_modules=["0", "1"]))
+    """PEFT recognises some quantized layers by their own class, some by that of their weight."""
+
+    class OwnParameter(nn.Parameter):
+        pass
+
+    base = nn.Sequential(OwnLinear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    base[2].weight = OwnParameter(torch.randn(4, 4))
+    config = register_fused_layers(LoraConfig(target_modules=["0", "1", "2"]))
     model = get_peft_model(base, config).base_model.model
-    assert [type(layer) for layer in model] == [LoraLinear, FusedLinear]
+    assert [type(layer) for layer in model] == [LoraLinear, FusedLinear, LoraLinear]
 
 
 def test_what_peft_itself_misses_is_not_taken_for_peft(monkeypatch):
