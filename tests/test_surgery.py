@@ -725,6 +725,13 @@ class TestModulesToSave:
 
 
 class TestDisableAdapter:
+    def test_loading_what_holds_nothing_of_a_saved_module(self):
+        model = fastlora.apply_lora(Small(), ["q"], modules_to_save=["lm_head"])
+        weight = torch.randn_like(model.embed.weight)
+        with fastlora.disable_adapter(model):
+            model.load_state_dict({"embed.weight": weight}, strict=False)
+        assert torch.equal(model.embed.weight, weight)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("training", [True, False])
     def test_is_the_base_model_bit_for_bit(self, dtype, training):
