@@ -1200,6 +1200,16 @@ class TestLoading:
         assert same_outputs(model, fastlora.load_adapter(make("net"), tmp_path))
         assert not any(parameter.is_inference() for parameter in model.parameters())
 
+    @pytest.mark.parametrize("name", ["A", "B"])
+    def test_one_adapter_whose_rows_share_memory(self, directory, name):
+        """A layer gets both anew where one of them cannot be written in place."""
+        model = fastlora.load_adapter(make("net"), directory)
+        layer = model.blocks[0]["up"]
+        own = getattr(layer, name)
+        setattr(layer, name, nn.Parameter(own.detach()[:1].expand_as(own)))
+        fastlora.load_adapter(model, directory)
+        assert same_outputs(model, fastlora.load_adapter(make("net"), directory))
+
     def test_what_cannot_change_outside_inference_mode(self, directory):
         state = fastlora.adapter_state_dict(prepared())
         model = make("net")
