@@ -1210,6 +1210,14 @@ class TestLoading:
         fastlora.load_adapter(model, directory)
         assert same_outputs(model, fastlora.load_adapter(make("net"), directory))
 
+    def test_a_saved_module_that_cannot_be_written(self, directory):
+        model = fastlora.load_adapter(make("net"), directory)
+        model.head.bias = nn.Parameter(torch.zeros(1).expand(3))
+        before = outputs(model)
+        with pytest.raises(ValueError, match=r"load_adapter: .*head\.bias cannot be written in place"):
+            fastlora.load_adapter(model, directory)
+        assert torch.equal(outputs(model), before)
+
     def test_what_cannot_change_outside_inference_mode(self, directory):
         state = fastlora.adapter_state_dict(prepared())
         model = make("net")
