@@ -384,6 +384,19 @@ class TestOursInPeft:
         assert same_outputs(model, fastlora.load_adapter(made(), tmp_path))
         assert same_outputs(model, fastlora.load_adapter(model, tmp_path))
 
+    def test_such_a_module_by_its_second_name_alone(self, tmp_path):
+        def made():
+            torch.manual_seed(5)
+            model = Net()
+            model.extra = nn.Linear(2, 2)
+            model.inner = nn.ModuleDict({"subhead": model.extra})
+            return model.eval()
+
+        model = shake(fastlora.apply_lora(made(), ["up"], modules_to_save=["head"]))
+        fastlora.save_adapter(model, tmp_path)
+        assert f"{PREFIX}extra.weight" in load_file(tmp_path / WEIGHTS)
+        fastlora.load_adapter(made(), tmp_path)
+
     def test_a_mixture_whose_dense_layers_peft_takes_for_experts(self, tmp_path):
         config = transformers.Qwen3MoeConfig(
             vocab_size=48,
@@ -430,7 +443,8 @@ class TestOursInPeft:
     )
     def test_the_task_of_a_model_is_not_in_its_name_alone(self, name, config, tmp_path):
         """PEFT's model of the task would look for methods and heads of transformers' models."""
-        kind = type(name, (Net,), {"config": config})
+        forward = lambda self, x=None, **of_peft: Net.forward(self, x)  # noqa: E731
+        kind = type(name, (Net,), {"config": config, "forward": forward})
         fastlora.save_adapter(fastlora.apply_lora(kind(), ["up"]), tmp_path)
         assert config_of(tmp_path)["task_type"] is None
 
@@ -1937,8 +1951,11 @@ class TestTheDirectory:
             root = tmp_path / scenario
             root.mkdir()
             new, _, wanted = prepare_scenario(scenario, root / "adapter")
+            others = atomic._scratch(root)  # perhaps of a process that is still saving
+            others.mkdir()
             fastlora.save_adapter(new, root / "adapter")
             assert files(root / "adapter") == wanted
+            assert others.is_dir()
 
 
 class TestAtOnce:

@@ -14,6 +14,11 @@ def test_scale_keeps_the_mean(p):
     assert masks.keep_scale(p) == pytest.approx(1 / (1 - p), rel=1e-4)
 
 
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.15, 0.3, 0.7, 0.9])
+def test_the_threshold_is_the_nearest(p):
+    assert abs(masks.keep_threshold(p) - 65536 * p) <= 0.5
+
+
 def test_mask_is_a_function_of_seed_row_and_column():
     seed = torch.tensor([-5])
     whole = keep_mask(seed, 70, 90, 0.3)
