@@ -51,7 +51,6 @@ from fastlora.targets import (
     WRAPPED,
     Selector,
     adapted_layers,
-    all_paths,
     check_adaptable,
     embeddings_of,
     is_all_linear,
@@ -157,14 +156,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the adapters and saved modules of a model in PEFT's format.
 
     ``PeftModel.from_pretrained(base, directory)`` gives the same outputs; a warning says where PEFT cannot
-    (dense layers of a mixture of experts that PEFT takes for the experts; containers to save; a part that is
-    wrapped for data-parallel training or averaging), and another which parameters are trained but not saved,
-    as they belong to neither an adapter nor a module to save. A merged layer's adapter is saved like any
-    other. If layers differ in dropout, which matters only in training, the most common value is written. If
-    the save is interrupted at any point, the directory holds either the old adapter or the new one, complete;
-    other files in it are kept. (Where the system cannot swap two directories in one step, a save that changes
-    the config leaves a moment without it: outside Linux, both adapters are then complete next to the
-    directory; if the directory is a mount point or its parent is not writable, only the weights are there.)
+    (dense layers of a mixture of experts that PEFT takes for the experts; containers to save; a module in
+    several places, of which PEFT would change one; a part that is wrapped for data-parallel training or
+    averaging), and another which parameters are trained but not saved, as they belong to neither an adapter
+    nor a module to save. A merged layer's adapter is saved like any other. If layers differ in dropout, which
+    matters only in training, the most common value is written. If the save is interrupted at any point, the
+    directory holds either the old adapter or the new one, complete; other files in it are kept. (Where the
+    system cannot swap two directories in one step, a save that changes the config leaves a moment without it:
+    outside Linux, both adapters are then complete next to the directory; if the directory is a mount point or
+    its parent is not writable, only the weights are there.)
     If several processes hold the model, let one of them save, except that sharded parameters (DTensors, as
     made by FSDP2) are gathered, so every process has to call this and writes the same. Name parts added by
     ``torch.compile`` and checkpoint wrappers are omitted, as are data-parallel training and ``AveragedModel``
@@ -228,7 +228,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     in place if the ranks agree, so that optimizers remain valid, otherwise as new parameters. Other layers
     get adapters in the wider of the file's and the base weight's dtype. As in PEFT, embeddings and a head
     that the file holds besides the adapter (because it targets the head or the vocabulary was resized) are
-    written into the base model, including the original values of those that are modules to save.
+    written into the base model, including the original values of those that are modules to save. A module in
+    several places changes in all of them, where PEFT would change one: a warning says so.
 
     Args:
         model: the base model, or one to which this or another adapter was applied.
@@ -305,6 +306,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     # Last, as a warning may be an error.
     if warning:
         warnings.warn(warning, stacklevel=2)
+    several = _several_places(model)
+    if several:
+        warnings.warn(
+            f"load_adapter: one module has the places {several}. It changes in all of them, by PEFT in only "
+            "one, so an adapter that PEFT has trained does not give the same outputs",
+            stacklevel=2,
+        )
     idle = [path for path in new if why_never_called(model, path)]
     if idle:
         warnings.warn(
@@ -533,7 +541,7 @@ def _also_saved(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_names(model: nn.Module) -> None:
-    """ValueError where PEFT would save other modules too, a warning of containers and layers' aliases."""
+    """ValueError where PEFT would save other modules too, a warning of containers and of shared modules."""
     saved, also = saved_modules(model), _also_saved(model)
     overlapping = []
     for path, module in also.items():
@@ -560,12 +568,33 @@ def _check_names(model: nn.Module) -> None:
             "PeftModel.from_pretrained refuses the file; name their children in modules_to_save instead",
             stacklevel=4,
         )
-    tied = [", ".join(names) for m, names in all_paths(model).items() if _is_adapted(m) and len(names) > 1]
-    if tied:
+    several = _several_places(model)
+    if several:
         warnings.warn(
-            f"save_adapter: one layer has the names {'; '.join(tied)}, and PEFT would adapt only the first",
+            f"save_adapter: one module has the places {several}, of which PEFT would change only one, so "
+            "PeftModel.from_pretrained will not give the same outputs; fastlora.load_adapter does",
             stacklevel=4,
         )
+
+
+def _several_places(model: nn.Module) -> str:
+    """The places of each adapted or saved module that has, or holds a part that has, others outside it.
+
+    A place is a parent and the name of a child. PEFT puts another module into one of them, so a shared
+    parent, by which a layer has several names, makes no difference.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
+    for path, module in modules.items():
+        above, _, name = path.rpartition(".")
+        places.setdefault(module, {}).setdefault((modules[above], name), unwrapped_name(path))
+    several = []
+    for root in (*adapted_layers(model).values(), *saved_modules(model).values()):
+        inside = dict.fromkeys(root.modules())
+        own = [path for m in inside for (parent, _), path in places[m].items() if parent not in inside]
+        if len(own) > 1:
+            several.append(", ".join(own))
+    return shorten(several)
 
 
 def _warn_of_experts(model: nn.Module, names: Iterable[str]) -> None:

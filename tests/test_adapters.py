@@ -14,6 +14,7 @@ import tempfile
 import traceback
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -396,6 +397,38 @@ class TestOursInPeft:
         fastlora.save_adapter(model, tmp_path)
         assert f"{PREFIX}extra.weight" in load_file(tmp_path / WEIGHTS)
         fastlora.load_adapter(made(), tmp_path)
+
+    @pytest.mark.parametrize("shared", ["up", "head", "block"])
+    def test_a_module_in_several_places(self, shared, tmp_path):
+        """PEFT puts another module into one of them; a shared parent makes that all of them."""
+
+        def made():
+            torch.manual_seed(1)
+            model = Net()
+            first, second = model.blocks
+            if shared == "up":
+                second["up"] = first["up"]
+            elif shared == "head":
+                model.norm = model.head = nn.Linear(8, 8)
+            else:
+                model.blocks[1] = first
+            return model.eval()
+
+        places = {"up": r"blocks\.0\.up, blocks\.1\.up", "head": "norm, head"}.get(shared)
+
+        def warns():
+            message = f"one module has the places {places}"
+            return pytest.warns(UserWarning, match=message) if places else nullcontext()
+
+        model = shake(fastlora.apply_lora(made(), ["up"], modules_to_save=["head"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with warns():
+                fastlora.save_adapter(model, tmp_path)
+            with warns():
+                assert same_outputs(model, fastlora.load_adapter(made(), tmp_path))
+        stock = PeftModel.from_pretrained(made(), tmp_path).eval()
+        assert torch.allclose(outputs(stock), outputs(model), atol=1e-5) == (shared == "block")
 
     def test_a_mixture_whose_dense_layers_peft_takes_for_experts(self, tmp_path):
         config = transformers.Qwen3MoeConfig(
