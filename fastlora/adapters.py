@@ -547,7 +547,7 @@ def _check_names(model: nn.Module) -> None:
     for path, module in also.items():
         others = (saved.keys() | also.keys()) - {path}
         nested = is_inside(path, others) or any(is_inside(other, [path]) for other in others)
-        if nested or _is_adapted(module) or adapted_layers(module):
+        if nested or adapted_layers(module):
             overlapping.append(path)
     if overlapping:
         raise ValueError(
@@ -621,10 +621,6 @@ def _warn_of_experts(model: nn.Module, names: Iterable[str]) -> None:
             "PeftModel.from_pretrained will not give the same outputs; fastlora.load_adapter does",
             stacklevel=4,
         )
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, FusedLoRALinear)
 
 
 def _task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
