@@ -424,6 +424,7 @@ def _at(places: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Tensor]:
 def _saved_places(saved: Mapping[str, nn.Module], part: str = "") -> dict[str, tuple[nn.Module, str]]:
     """(module, attribute name) of each tensor of the modules to save, by its name in PEFT's file.
 
+    As in a state_dict, a part that a module holds twice is there under both names.
     ``part``: a child of PEFT's wrapper. If the vocabulary was resized, PEFT writes everything it holds of the
     embeddings. One that is a module to save then has its trained tensor in the file twice, also under
     "modules_to_save" (PEFT reads the other), and the original one under "original_module".
@@ -431,7 +432,7 @@ def _saved_places(saved: Mapping[str, nn.Module], part: str = "") -> dict[str, t
     return {
         _PREFIX + unwrapped_name(join_names(path, part, inner, name)): (module, name)
         for path, root in saved.items()
-        for inner, module in root.named_modules()
+        for inner, module in root.named_modules(remove_duplicate=False)
         for name, _ in saved_tensors(module)
     }
 

@@ -430,6 +430,23 @@ class TestOursInPeft:
         stock = PeftModel.from_pretrained(made(), tmp_path).eval()
         assert torch.allclose(outputs(stock), outputs(model), atol=1e-5) == (shared == "block")
 
+    def test_a_saved_module_that_holds_a_layer_twice(self, tmp_path):
+        def made():
+            torch.manual_seed(1)
+            model, layer = Net(), nn.Linear(8, 8)
+            model.norm = nn.Sequential(layer, nn.Tanh(), layer)
+            return model.eval()
+
+        model = shake(fastlora.apply_lora(made(), ["up"], modules_to_save=["norm"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fastlora.save_adapter(model, tmp_path / "ours")
+            stock = PeftModel.from_pretrained(made(), tmp_path / "ours")
+            assert_same_outputs(model, stock)
+            stock.save_pretrained(tmp_path / "theirs")
+            for directory in ("ours", "theirs"):
+                assert same_outputs(model, fastlora.load_adapter(made(), tmp_path / directory))
+
     def test_a_mixture_whose_dense_layers_peft_takes_for_experts(self, tmp_path):
         config = transformers.Qwen3MoeConfig(
             vocab_size=48,
