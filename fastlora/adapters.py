@@ -189,6 +189,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     if any(uses_original(root) for root in saved_modules(model).values()):
         raise ValueError("save_adapter: inside disable_adapter the saved modules hold original values")
     check_current(layers, "save_adapter")
+    _check_names(model)
+    _warn_of_experts(model, map(unwrapped_name, layers))
     config = _config_of(model, layers)
     own = _file_tensors(model) | _tensors_of(_also_saved(model))
     check_values(own, "save_adapter")
@@ -467,8 +469,6 @@ def _config_of(model: nn.Module, layers: Mapping[str, FusedLoRALinear]) -> dict[
     own = {unwrapped_name(path): layer for path, layer in layers.items()}
     names = [name for _, name, _ in _file_modules(model)]
     saved = [unwrapped_name(path) for path in saved_modules(model)]
-    _check_names(model)
-    _warn_of_experts(model, own)
     ranks = {name: layer.rank for name, layer in own.items()}
     alphas = {name: _lora_alpha(layer) for name, layer in own.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
@@ -567,14 +567,14 @@ def _check_names(model: nn.Module) -> None:
         warnings.warn(
             f"save_adapter: PEFT does not save containers such as {listing(containers)} as a whole, so "
             "PeftModel.from_pretrained refuses the file; name their children in modules_to_save instead",
-            stacklevel=4,
+            stacklevel=3,
         )
     several = _several_places(model)
     if several:
         warnings.warn(
             f"save_adapter: one module has the places {several}, of which PEFT would change only one, so "
             "PeftModel.from_pretrained will not give the same outputs; fastlora.load_adapter does",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -620,7 +620,7 @@ def _warn_of_experts(model: nn.Module, names: Iterable[str]) -> None:
         warnings.warn(
             f"save_adapter: PEFT takes {listing(lost)} of a {kind} model for its experts, so that "
             "PeftModel.from_pretrained will not give the same outputs; fastlora.load_adapter does",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
