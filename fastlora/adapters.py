@@ -891,16 +891,20 @@ def _check_tensors(
         expected[f"{_PREFIX}{name}.lora_B.weight"] = (module.out_features, rank)
     adapters = set(expected)
     expected.update((name, tensor.shape) for name, tensor in own.items())
-    check_state(expected, state, "load_adapter")
+    check_state(expected, own, state, "load_adapter")
     wrong = []
     for name in expected:
         tensor = state[name]
         if name in adapters and tensor.dtype not in ADAPTER_DTYPES:
             wrong.append(f"{name} is {tensor.dtype}, expected a floating-point dtype")
-        elif name not in adapters and tensor.is_floating_point() != own[name].is_floating_point():
+        elif name not in adapters and _number_kind(tensor) != _number_kind(own[name]):
             wrong.append(f"{name} is {tensor.dtype}, expected {own[name].dtype}")
     if wrong:
         raise ValueError(f"load_adapter: {shorten(wrong)}")
+
+
+def _number_kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _empty_adapter(layer: FusedLoRALinear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:

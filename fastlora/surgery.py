@@ -264,7 +264,7 @@ def _freeze(model: nn.Module, new_roots: Iterable[nn.Module]) -> None:
             parameter.requires_grad_(False)
     for root in new_roots:
         for parameter in root.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
 
 
 def adapter_parameters(model: nn.Module) -> set[Tensor]:
@@ -605,7 +605,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
 
     Args:
         model: with the adapted layers and saved modules that the state names, of the same shapes.
-        state: tensors on any device, of any real dtype.
+        state: tensors on any device, of any real dtype (or complex like the model's).
 
     Returns:
         ``model``.
@@ -623,7 +623,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     check_unmerged(layers, "load_adapter_state_dict")
     check_own(layers, "load_adapter_state_dict")
     tensors = adapter_tensors(model)
-    check_state({name: t.shape for name, t in tensors.items()}, state, "load_adapter_state_dict")
+    check_state({name: t.shape for name, t in tensors.items()}, tensors, state, "load_adapter_state_dict")
     check_writable(tensors, "load_adapter_state_dict")
     metadata = getattr(state, "_metadata", None) or {}
     alphas = {path: metadata.get(_public(path), {}).get(_ALPHA, m.alpha) for path, m in layers.items()}
@@ -640,8 +640,16 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn
     return model
 
 
-def check_state(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], function: str) -> None:
-    """Raise ValueError naming every missing, unexpected or unsuitable tensor of ``state``."""
+def check_state(
+    expected: Mapping[str, Sequence[int]],
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    function: str,
+) -> None:
+    """Raise ValueError naming every missing, unexpected or unsuitable tensor of ``state``.
+
+    ``expected``: the shapes. ``own``: those of the model's tensors that exist already.
+    """
     problems = []
     missing = [name for name in expected if name not in state]
     if missing:
@@ -660,7 +668,7 @@ def check_state(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tenso
             wrong.append(f"{name} is {tensor.layout}, expected a dense tensor")
         elif tensor.is_meta:
             wrong.append(f"{name} is on the meta device, without values")
-        elif tensor.is_complex():
+        elif tensor.is_complex() and not (name in own and own[name].is_complex()):
             wrong.append(f"{name} is {tensor.dtype}, expected a real dtype")
     problems += [shorten(sorted(wrong))] if wrong else []
     if problems:

@@ -430,6 +430,32 @@ class TestOursInPeft:
         stock = PeftModel.from_pretrained(made(), tmp_path).eval()
         assert torch.allclose(outputs(stock), outputs(model), atol=1e-5) == (shared == "block")
 
+    def test_a_saved_module_with_complex_parameters(self, tmp_path):
+        class Spectral(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(8, dtype=torch.complex64))
+
+            def forward(self, x):
+                return torch.fft.ifft(torch.fft.fft(x) * self.weight).real
+
+        def made():
+            torch.manual_seed(1)
+            model = Net()
+            model.norm = Spectral()
+            return model.eval()
+
+        model = fastlora.apply_lora(made(), ["up"], modules_to_save=["norm"])
+        assert model.norm.weight.requires_grad  # as in PEFT
+        y, state = outputs(model), fastlora.adapter_state_dict(model)
+        fastlora.save_adapter(shake(model), tmp_path)
+        assert not torch.equal(model.norm.weight, state["norm.weight"])
+        assert_same_outputs(model, PeftModel.from_pretrained(made(), tmp_path))
+        assert same_outputs(model, fastlora.load_adapter(made(), tmp_path))
+        assert torch.equal(outputs(fastlora.load_adapter_state_dict(model, state)), y)
+        change_weights(tmp_path, lambda s: s.update({f"{PREFIX}norm.weight": torch.ones(8)}))
+        refuses_to_load(made(), tmp_path, "norm.weight is torch.float32, expected torch.complex64")
+
     def test_a_saved_module_that_holds_a_layer_twice(self, tmp_path):
         def made():
             torch.manual_seed(1)
