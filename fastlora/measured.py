@@ -20,13 +20,13 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastlora.atomic import one_at_a_time, replace_file
 from fastlora.kernels.configs import ALIGNED
 
 # Incremented when the meaning of a row changes, or the kernels change so much that older times are useless.
-VERSION = 2
+VERSION = 3
 OK = "ok"
 # The products of a layer and the sizes that each depends on. "forward" is h and y computed in one launch, for
 # few tokens; "g+dA" is g and dA computed in one launch, which reads dy once.
@@ -39,6 +39,8 @@ PATHS = {
     "g+dA": ("together", "apart"),
 }
 DTYPES = ("float16", "bfloat16")
+# What adapters wider than the base are measured with (PEFT's default).
+WIDE = "float32"
 # A row applies if N and K differ from its own by at most a factor of 2**_NEAR; M and R are bucketed.
 _NEAR = 0.5
 HOPPER = "+hopper"
@@ -55,6 +57,8 @@ def is_aligned(product: str, N: int, K: int) -> bool:
 class Row:
     """One path of one product at one shape; ``microseconds`` is None if ``status`` is not "ok".
 
+    ``adapter_dtype``: that of A and B, ``dtype`` or "float32".
+
     Raises:
         ValueError: a value that no measurement can give.
     """
@@ -63,6 +67,7 @@ class Row:
     capability: int
     triton: str
     dtype: str
+    adapter_dtype: str
     product: str
     M: int
     N: int
@@ -74,7 +79,8 @@ class Row:
     status: str = OK
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", DTYPES), ("product", tuple(SIZES))):
+        choices = {"dtype": DTYPES, "adapter_dtype": (self.dtype, WIDE), "product": tuple(SIZES)}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if self.path not in PATHS[self.product]:
@@ -89,9 +95,11 @@ class Row:
             raise ValueError(f"microseconds is {self.microseconds}, but status is {self.status!r}")
 
     @property
-    def family(self) -> tuple:
+    def family(self) -> Family:
         """The key shared by all rows that a failed check of this row's path disqualifies."""
-        return family(self.gpu, self.capability, self.triton, self.dtype, self.product, self.R, self.dropout)
+        machine = self.gpu, self.capability, self.triton
+        kind = self.dtype, self.adapter_dtype, self.product
+        return Family(*machine, *kind, rank_bucket(self.R), self.dropout)
 
     @property
     def time(self) -> float:
@@ -111,9 +119,21 @@ def bucket(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def family(gpu: str, capability: int, triton: str, dtype: str, product: str, R: int, dropout: bool) -> tuple:
-    # Ranks below 16 fill the same tensor-core tile.
-    return gpu, capability, triton, dtype, product, bucket(R, 16), dropout
+def rank_bucket(R: int) -> int:
+    return bucket(R, 16)  # ranks below 16 fill the same tensor-core tile
+
+
+class Family(NamedTuple):
+    """What rows share whose path runs the same code; see :class:`Row`."""
+
+    gpu: str
+    capability: int
+    triton: str
+    dtype: str
+    adapter_dtype: str
+    product: str
+    ranks: int
+    dropout: bool
 
 
 @dataclass(frozen=True)
@@ -130,19 +150,19 @@ class Table:
     def __init__(self, rows: Iterable[Row] = (), source: str = "") -> None:
         self.machines: set[tuple[str, int, str]] = set()
         self._source = source
-        self._rows: dict[tuple, dict[tuple[int, int, int, int], list[Row]]] = {}
-        self._failed: dict[tuple, set[str]] = {}
+        self._rows: dict[Family, dict[tuple[int, int, int, int], list[Row]]] = {}
+        self._failed: dict[Family, set[str]] = {}
         for row in rows:
             self.machines.add((row.gpu, row.capability, row.triton))
             self._rows.setdefault(row.family, {}).setdefault(row.shape, []).append(row)
             if row.status != OK:
                 self._failed.setdefault(row.family, set()).add(row.path)
 
-    def failed(self, key: tuple) -> frozenset[str]:
+    def failed(self, key: Family) -> frozenset[str]:
         """The paths that failed a check in this family."""
         return frozenset(self._failed.get(key, ()))
 
-    def find(self, key: tuple, M: int, N: int, K: int, R: int, refused: frozenset[str]) -> Finding | None:
+    def find(self, key: Family, M: int, N: int, K: int, R: int, refused: frozenset[str]) -> Finding | None:
         """The finding for the nearest shape in this family, None if none is near or no path is allowed.
 
         ``refused``: paths not allowed even if they passed at this shape. Unaligned sizes, which the kernels
@@ -152,10 +172,10 @@ class Table:
 
         def ratios(shape: tuple[int, int, int, int]) -> list[float]:
             known = {"N": shape[1], "K": shape[2]}
-            return [abs(math.log2(asked[size] / known[size])) for size in SIZES[key[4]]]
+            return [abs(math.log2(asked[size] / known[size])) for size in SIZES[key.product]]
 
         def near(shape: tuple[int, int, int, int]) -> float:
-            both = is_aligned(key[4], N, K) and is_aligned(key[4], *shape[1:3])
+            both = is_aligned(key.product, N, K) and is_aligned(key.product, *shape[1:3])
             return _NEAR if both else 0.0
 
         shapes = [
@@ -176,7 +196,7 @@ class Table:
         )
         where = f" at M={shape[0]}, N={shape[1]}, K={shape[2]}" if sum(ratios(shape)) else ""
         best = min(usable, key=lambda row: row.time)
-        return Finding(best.path, f"{self._source.format(gpu=key[0])}{where}: {figures}")
+        return Finding(best.path, f"{self._source.format(gpu=key.gpu)}{where}: {figures}")
 
 
 def user_file() -> Path | None:
@@ -290,25 +310,52 @@ def _tables(gpu: str, capability: int) -> tuple[Table, ...]:
     return tuple(table for table in (user, _shipped_table()) if machine in table.machines)
 
 
+def _families(
+    gpu: str, capability: int, dtype: str, adapter_dtype: str, product: str, R: int, dropout: bool
+) -> list[Family]:
+    """Those whose rows tell of a product: of these adapters, then of adapters of the base's dtype."""
+    exact = Family(gpu, capability, triton_version(), dtype, adapter_dtype, product, rank_bucket(R), dropout)
+    return list(dict.fromkeys((exact, exact._replace(adapter_dtype=dtype))))
+
+
 def find(
-    gpu: str, capability: int, dtype: str, product: str, M: int, N: int, K: int, R: int, dropout: bool = False
+    gpu: str,
+    capability: int,
+    dtype: str,
+    adapter_dtype: str,
+    product: str,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dropout: bool = False,
 ) -> Finding | None:
-    """The finding for a product at this shape, from the user's rows first. Never raises."""
+    """The finding for a product at this shape, from the user's rows first. Never raises.
+
+    Without rows for float32 adapters on a half-precision base, those for adapters of the base's dtype decide.
+    """
     tables = _tables(gpu, capability)
     if not tables or not (M and N and K and R):
         return None
-    key = family(gpu, capability, triton_version(), dtype, product, R, dropout)
-    refused = failed(gpu, capability, dtype, product, R, dropout)
-    findings = (table.find(key, M, N, K, R, refused) for table in tables)
-    return next((finding for finding in findings if finding), None)
+    refused = failed(gpu, capability, dtype, adapter_dtype, product, R, dropout)
+    for key in _families(gpu, capability, dtype, adapter_dtype, product, R, dropout):
+        found = next(filter(None, (table.find(key, M, N, K, R, refused) for table in tables)), None)
+        if found is not None:
+            other = f", with {key.adapter_dtype} adapters" if key.adapter_dtype != adapter_dtype else ""
+            return Finding(found.path, found.reason + other)
+    return None
 
 
 def failed(
-    gpu: str, capability: int, dtype: str, product: str, R: int, dropout: bool = False
+    gpu: str, capability: int, dtype: str, adapter_dtype: str, product: str, R: int, dropout: bool = False
 ) -> frozenset[str]:
-    """The paths that failed a check on this GPU, at any shape of this dtype, product and rank bucket."""
-    key = family(gpu, capability, triton_version(), dtype, product, R, dropout)
-    return frozenset().union(*(table.failed(key) for table in _tables(gpu, capability)))
+    """The paths that failed a check on this GPU, at any shape of this kind, product and rank bucket.
+
+    A path that failed for adapters of the base's dtype is not trusted with wider ones either.
+    """
+    families = _families(gpu, capability, dtype, adapter_dtype, product, R, dropout)
+    tables = _tables(gpu, capability)
+    return frozenset().union(*(table.failed(key) for table in tables for key in families))
 
 
 def forget() -> None:
@@ -329,7 +376,7 @@ def save_rows(path: Path, rows: Iterable[Row]) -> None:
     """
 
     def key(row: Row) -> tuple:
-        return *row.family[:5], *row.shape, row.dropout, row.path
+        return *row.family[:6], *row.shape, row.dropout, row.path
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(path):

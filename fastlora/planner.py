@@ -431,6 +431,9 @@ def _key(problem: Problem, product: str) -> dict[str, Any]:
         "gpu": problem.device.name,
         "capability": problem.device.capability,
         "dtype": _name(problem.dtype),
+        "adapter_dtype": measured.WIDE
+        if problem.adapter_itemsize > problem.dtype.itemsize
+        else _name(problem.dtype),
         "product": product,
         "R": problem.R,
         "dropout": problem.dropout and product in DROPPED,
@@ -438,11 +441,7 @@ def _key(problem: Problem, product: str) -> dict[str, Any]:
 
 
 def _find(problem: Problem, product: str) -> measured.Finding | None:
-    found = measured.find(**_key(problem, product), M=problem.M, N=problem.N, K=problem.K)
-    if found is None or problem.adapter_itemsize <= problem.dtype.itemsize:
-        return found
-    # tune measures with adapters of one dtype alone.
-    return dataclasses.replace(found, reason=f"{found.reason}, with {_name(problem.dtype)} adapters")
+    return measured.find(**_key(problem, product), M=problem.M, N=problem.N, K=problem.K)
 
 
 _SLOW = "the kernels are slow where a size is not a multiple of 16"

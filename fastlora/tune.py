@@ -41,6 +41,7 @@ FEATURES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 819
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 512, 1024, 2048, 4096, 8192)
 RANKS = (16, 64)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ADAPTER_DTYPES = {"base": None, "fp32": torch.float32}
 ALPHA = 0.5
 DROPOUT = 0.1
 # The criterion of every test: at most twice the error of eager PyTorch in the same dtypes, plus some slack.
@@ -87,8 +88,28 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Job:
+    """One shape to measure, with the dtype of everything but the adapters, and theirs."""
+
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    shape: Shape
+
+    def __str__(self) -> str:
+        adapters = f", {self.adapter_dtype} adapters" if self.adapter_dtype != self.dtype else ""
+        return f"{self.shape}, {self.dtype}{adapters}"
+
+    def problem(self, device: Device, dropout: bool = False) -> Problem:
+        s = self.shape
+        return Problem(device, self.dtype, s.M, s.N, s.K, s.R, dropout, self.adapter_dtype)
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """x: (M, K), weight: (N, K), A: (N, R), B: (R, K), dy: (M, N), h and g: (M, R), all of one dtype."""
+    """x: (M, K), weight: (N, K), A: (N, R), B: (R, K), dy: (M, N), h and g: (M, R).
+
+    All are of one dtype, except that A and B may be wider.
+    """
 
     x: Tensor
     weight: Tensor
@@ -100,24 +121,25 @@ class Inputs:
     seed: Tensor
 
 
-def draw_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+def draw_inputs(job: Job, device: torch.device, seed: int = 0) -> Inputs:
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
         values = torch.randn(rows, columns, generator=generator, device=device, dtype=torch.float32)
-        return (values * scale).to(dtype)
+        return values * scale
 
+    dtype, shape = job.dtype, job.shape
     M, N, K, R = shape.M, shape.N, shape.K, shape.R
-    x, dy = normal(M, K), normal(M, N)
-    A, B = normal(N, R, R**-0.5), normal(R, K, K**-0.5)
+    x, dy = normal(M, K).to(dtype), normal(M, N).to(dtype)
+    A, B = normal(N, R, R**-0.5).to(job.adapter_dtype), normal(R, K, K**-0.5).to(job.adapter_dtype)
     return Inputs(
         x=x,
-        weight=normal(N, K, K**-0.5),
+        weight=normal(N, K, K**-0.5).to(dtype),
         A=A,
         B=B,
         dy=dy,
-        h=x @ B.t(),
-        g=dy @ A,
+        h=x @ B.t().to(dtype),
+        g=dy @ A.to(dtype),
         seed=torch.tensor([seed], device=device),
     )
 
@@ -182,7 +204,7 @@ def computation(product: str, problem: Problem, t: Inputs, before: Sequence[Row]
             return ALPHA * (u[:, rows].double().t() @ (p[:, columns].double() * keep()[:, columns]))
 
         def run(path: str) -> Tensor:
-            return ops.run_token_sum(step(name, path), p, u, ALPHA, p.dtype, transposed, dropped())
+            return ops.run_token_sum(step(name, path), p, u, ALPHA, t.A.dtype, transposed, dropped())
 
         return Computation(run, (exact,))
 
@@ -236,11 +258,14 @@ def products(shape: Shape) -> list[tuple[str, bool]]:
     return [(name, False) for name in plain] + [(name, True) for name in planner.DROPPED]
 
 
-def check(one: Computation, path: str) -> str:
-    """ "ok", or what is wrong with a path: an exception, a non-finite value or too large an error."""
+def check(one: Computation, path: str, rounded: Computation) -> str:
+    """ "ok", or what is wrong with a path: an exception, a non-finite value or too large an error.
+
+    ``rounded``: the same with adapters of the base's dtype, as eager PyTorch has them under autocast.
+    """
     try:
         with sums_in_float32():
-            results, eager = (_as_tuple(one.run(name)) for name in (path, "reference"))
+            results, eager = _as_tuple(one.run(path)), _as_tuple(rounded.run("reference"))
         faults = (_fault(*each) for each in zip(results, eager, one.exact, strict=True))
         return next((fault for fault in faults if fault), OK)
     except Exception as error:  # whatever a compiler or driver raises, the path does not work here
@@ -285,8 +310,7 @@ def _works(device: torch.device) -> bool:
 def measure(
     product: str,
     dropout: bool,
-    shape: Shape,
-    dtype: torch.dtype,
+    job: Job,
     described: Device,
     sets: Sequence[Inputs],
     timer: Timer,
@@ -301,8 +325,9 @@ def measure(
     Raises:
         DeviceLost: with the row of the path that broke the device; of a kernel, if they were being timed.
     """
-    problem = Problem(described, dtype, shape.M, shape.N, shape.K, shape.R, dropout)
+    shape, problem = job.shape, job.problem(described, dropout)
     computations = [computation(product, problem, inputs, before) for inputs in sets]
+    rounded = computation(product, problem, _rounded(sets[0]), before)
     paths = measured.PATHS[product]
 
     def row(path: str, status: str, seconds: float | None = None) -> Row:
@@ -310,7 +335,8 @@ def measure(
             gpu=described.name,
             capability=described.capability,
             triton=measured.triton_version(),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=_name(job.dtype),
+            adapter_dtype=_name(job.adapter_dtype),
             product=product,
             M=shape.M,
             N=shape.N,
@@ -328,7 +354,7 @@ def measure(
         if lost is not None:
             status[path] = lost
             continue
-        status[path] = check(computations[0], path)
+        status[path] = check(computations[0], path, rounded)
         if status[path] != OK and not _works(sets[0].x.device):
             raise DeviceLost(row(path, f"{_LOST}{status[path]}"))
     calls = {
@@ -344,15 +370,29 @@ def measure(
         if not _works(sets[0].x.device):
             # Any of them may have done it; the first is a kernel of ours, the last the BLAS.
             raise DeviceLost(row(next(iter(calls)), f"{_LOST}timed: {reason}"[:200])) from error
-        warnings.warn(f"{product} at {shape} was not timed: {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{product} at {job} was not timed: {reason}", RuntimeWarning, stacklevel=2)
         return []
     return [row(path, status[path], seconds.get(path)) for path in paths]
 
 
-def _sizes(product: str, dropout: bool, dtype: str, shape: Shape | Row) -> tuple:
-    """Everything that the rows of a product depend on; shapes with the same key share rows."""
+def _rounded(inputs: Inputs) -> Inputs:
+    """The same with adapters of the base's dtype."""
+    A, B = inputs.A.to(inputs.x.dtype), inputs.B.to(inputs.x.dtype)
+    return dataclasses.replace(inputs, A=A, B=B)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtypes(dtype: str, adapter_dtype: str) -> str:
+    return dtype if adapter_dtype == dtype else f"{dtype}+{adapter_dtype}"
+
+
+def _sizes(product: str, dropout: bool, dtype: str, adapter_dtype: str, shape: Shape | Row) -> tuple:
+    """Everything that the rows of a product depend on; jobs with the same key share rows."""
     sizes = tuple(getattr(shape, size) for size in measured.SIZES[product])
-    return product, dropout, dtype, shape.M, sizes, shape.R
+    return product, dropout, dtype, adapter_dtype, shape.M, sizes, shape.R
 
 
 def _earlier(path: Path, described: Device) -> list[Row]:
@@ -365,13 +405,13 @@ def _earlier(path: Path, described: Device) -> list[Row]:
 
 
 def tune(
-    jobs: Iterable[tuple[torch.dtype, Shape]],
+    jobs: Iterable[Job],
     device: torch.device,
     described: Device,
     timer: Timer,
     path: Path,
     resume: bool = False,
-) -> Iterator[tuple[torch.dtype, Shape, list[Row], bool]]:
+) -> Iterator[tuple[Job, list[Row], bool]]:
     """Measure every job and save its rows in ``path``; yields the rows, and whether memory sufficed for all.
 
     Products that two shapes share (h does not depend on N) are measured once; with ``resume``, products whose
@@ -385,25 +425,26 @@ def tune(
     broken = {(row.family, row.path): row.status for row in earlier if row.status.startswith(_LOST)}
     known: dict[tuple, list[Row]] = {}
     for row in earlier if resume else ():
-        known.setdefault(_sizes(row.product, row.dropout, row.dtype, row), []).append(row)
+        sizes = _sizes(row.product, row.dropout, row.dtype, row.adapter_dtype, row)
+        known.setdefault(sizes, []).append(row)
     whole = {product: set(paths) for product, paths in measured.PATHS.items()}
     known = {sizes: rows for sizes, rows in known.items() if {row.path for row in rows} == whole[sizes[0]]}
-    for dtype, shape in jobs:
-        name = str(dtype).removeprefix("torch.")
+    for job in jobs:
+        shape, dtypes = job.shape, (_name(job.dtype), _name(job.adapter_dtype))
         rows: list[Row] = []
         complete = True
         sets: list[Inputs] = []
         try:
             for product, dropout in products(shape):
-                sizes = _sizes(product, dropout, name, shape)
+                sizes = _sizes(product, dropout, *dtypes, shape)
                 if sizes in known:
                     continue
                 if not sets:
                     count = _input_sets(shape, device)
-                    sets = [draw_inputs(shape, dtype, device, seed) for seed in range(count)]
-                parts = (known.get(_sizes(part, False, name, shape), []) for part in ("g", "dA"))
+                    sets = [draw_inputs(job, device, seed) for seed in range(count)]
+                parts = (known.get(_sizes(part, False, *dtypes, shape), []) for part in ("g", "dA"))
                 before = [row for part in parts for row in part]
-                known[sizes] = measure(product, dropout, shape, dtype, described, sets, timer, before, broken)
+                known[sizes] = measure(product, dropout, job, described, sets, timer, before, broken)
                 rows += known[sizes]
         except torch.OutOfMemoryError:
             complete = False
@@ -415,7 +456,7 @@ def tune(
         if rows:
             measured.save_rows(path, rows)
             planner.forget_plans()
-        yield dtype, shape, rows, complete
+        yield job, rows, complete
 
 
 def _input_sets(shape: Shape, device: torch.device) -> int:
@@ -598,8 +639,8 @@ def _linear_features(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
 
 
-def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:
-    """(dtype, shape) of everything to measure, without repeats; ValueError for an unreadable model."""
+def job_list(options: argparse.Namespace) -> list[Job]:
+    """Everything to measure, without repeats; ValueError for an unreadable model."""
     if options.shapes:
         shapes = sorted(set(options.shapes))
     else:
@@ -613,10 +654,15 @@ def job_list(options: argparse.Namespace) -> list[tuple[torch.dtype, Shape]]:
         }
         # Decoding and long batches come first: they matter most if a run ends early.
         shapes = sorted(found, key=lambda shape: (shape.M not in (1, 16), shape.M > 16 and -shape.M, shape))
-    return [(DTYPES[dtype], shape) for dtype in dict.fromkeys(options.dtype) for shape in shapes]
+    return [
+        Job(DTYPES[dtype], ADAPTER_DTYPES[adapters] or DTYPES[dtype], shape)
+        for dtype in dict.fromkeys(options.dtype)
+        for adapters in dict.fromkeys(options.adapter_dtype)
+        for shape in shapes
+    ]
 
 
-def _with_progress(jobs: list[tuple[torch.dtype, Shape]]) -> Iterable[tuple[torch.dtype, Shape]]:
+def _with_progress(jobs: list[Job]) -> Iterable[Job]:
     try:
         from tqdm import tqdm
     except ImportError:
@@ -624,13 +670,13 @@ def _with_progress(jobs: list[tuple[torch.dtype, Shape]]) -> Iterable[tuple[torc
     return tqdm(jobs, desc="tune", unit="shape")
 
 
-def _with_lines(jobs: list[tuple[torch.dtype, Shape]]) -> Iterator[tuple[torch.dtype, Shape]]:
-    for number, (dtype, shape) in enumerate(jobs, 1):
-        print(f"[{number}/{len(jobs)}] {shape}, {dtype}", file=sys.stderr, flush=True)
-        yield dtype, shape
+def _with_lines(jobs: list[Job]) -> Iterator[Job]:
+    for number, job in enumerate(jobs, 1):
+        print(f"[{number}/{len(jobs)}] {job}", file=sys.stderr, flush=True)
+        yield job
 
 
-def _until(end: float, jobs: Iterable[tuple[torch.dtype, Shape]]) -> Iterator[tuple[torch.dtype, Shape]]:
+def _until(end: float, jobs: Iterable[Job]) -> Iterator[Job]:
     """The jobs that start before ``end``, in seconds of the monotonic clock."""
     for job in jobs:
         if time.monotonic() >= end:
@@ -642,9 +688,10 @@ def table(rows: Sequence[Row]) -> str:
     """One line per product: the time of each path, and the path that plan will choose."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.dtype, row.product, row.dropout, *row.shape), []).append(row)
+        dtypes = _dtypes(row.dtype, row.adapter_dtype)
+        groups.setdefault((dtypes, row.product, row.dropout, *row.shape), []).append(row)
     lines = []
-    for (dtype, product, dropout, *sizes), paths in groups.items():
+    for (dtypes, product, dropout, *sizes), paths in groups.items():
         timed = [row for row in paths if row.status == OK]
         best = min(timed, key=lambda row: row.time).path if timed else "none"
         figures = ", ".join(
@@ -652,7 +699,7 @@ def table(rows: Sequence[Row]) -> str:
             for row in paths
         )
         name = f"{product}{' dropout' * dropout}"
-        lines.append(f"{dtype:<9} {Shape(*sizes)!s:<28} {name:<11} {best:<8} {figures}")
+        lines.append(f"{dtypes:<9} {Shape(*sizes)!s:<28} {name:<11} {best:<8} {figures}")
     return "\n".join(lines)
 
 
@@ -697,6 +744,13 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", nargs="+", type=positive, default=RANKS, help="values of R where nothing else gives it"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument(
+        "--adapter-dtype",
+        nargs="+",
+        choices=ADAPTER_DTYPES,
+        default=["base"],
+        help="that of A and B: the base's, or fp32, as PEFT makes them unless told otherwise",
+    )
     parser.add_argument("--out", type=Path, help="file to write (default: the one that plan reads)")
     parser.add_argument(
         "--minutes", type=minutes, default=math.inf, help="start no further shape after this many minutes"
@@ -730,13 +784,14 @@ def main(
     if not jobs:
         return _give_up(f"nothing to measure: the kernels take ranks up to {configs.MAX_RANK}")
     if options.list:
-        print("\n".join(f"{str(dtype).removeprefix('torch.'):<9} {shape}" for dtype, shape in jobs))
+        for job in jobs:
+            print(f"{_dtypes(_name(job.dtype), _name(job.adapter_dtype)):<9} {job.shape}")
         return 0
     if device is None and not torch.cuda.is_available():
         return _give_up("there is no GPU here to measure; on a CPU fastlora always uses the BLAS")
     device = device or torch.device("cuda", torch.cuda.current_device())
     described = described or describe(device)
-    obstacle = planner.why_not_triton(Problem(described, jobs[0][0], 1, 1, 1, 1))
+    obstacle = planner.why_not_triton(Problem(described, jobs[0].dtype, 1, 1, 1, 1))
     if obstacle:
         return _give_up(f"nothing to choose: {obstacle}")
     path = options.out or measured.user_file()
@@ -751,11 +806,11 @@ def main(
     interrupted = False
     in_time = _until(time.monotonic() + 60 * options.minutes, _with_progress(jobs))
     try:
-        for dtype, shape, new, complete in tune(in_time, device, described, timer, path, options.resume):
+        for job, new, complete in tune(in_time, device, described, timer, path, options.resume):
             done += 1
             rows += new
             if not complete:
-                skipped.append(f"{shape}, {dtype}{', in part' * bool(new)}")
+                skipped.append(f"{job}{', in part' * bool(new)}")
     except KeyboardInterrupt:
         interrupted = True
     except DeviceLost as lost:

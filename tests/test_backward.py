@@ -215,6 +215,7 @@ class Chosen:
                 capability=self._device.capability,
                 triton=measured.triton_version(),
                 dtype=dtype_id(case.x.dtype),
+                adapter_dtype=dtype_id(case.A.dtype),
                 product="g+dA",
                 M=M,
                 N=N,

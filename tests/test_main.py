@@ -198,7 +198,8 @@ def test_tuned_rows(rows_file, monkeypatch, report):
     assert "tuned        no rows yet" in report()
     monkeypatch.setattr(planner, "has_triton", lambda: True)
     monkeypatch.setattr(measured, "triton_version", lambda: "3.6")
-    shape = {"dtype": "bfloat16", "product": "y", "M": 4096, "N": 4096, "K": 4096, "R": 16, "dropout": False}
+    shape = {"product": "y", "M": 4096, "N": 4096, "K": 4096, "R": 16, "dropout": False}
+    shape.update(dict.fromkeys(("dtype", "adapter_dtype"), "bfloat16"))
     rows = [
         measured.Row(gpu="NVIDIA H100", capability=90, triton="3.6", path=path, microseconds=time, **shape)
         for path, time in (("triton", 100.5), ("addmm", 200.0))

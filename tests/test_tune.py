@@ -42,6 +42,7 @@ def row(path="triton", us=10.0, gpu=H200, product="y", M=4096, N=4096, K=4096, R
         capability=gpu.capability,
         triton=measured.triton_version(),
         dtype="bfloat16",
+        adapter_dtype=changes.pop("adapter_dtype", "bfloat16"),
         product=product,
         M=M,
         N=N,
@@ -73,8 +74,9 @@ def save_one_by_one(path, rows):
         measured.save_rows(path, [each])
 
 
-def planned(device=H200, M=4096, N=4096, K=4096, R=16, dtype=torch.bfloat16, dropout=False, mode="auto"):
-    return make_plan(Problem(device, dtype, M, N, K, R, dropout), mode)
+def planned(device=H200, M=4096, N=4096, K=4096, R=16, mode="auto", **problem):
+    dtype, dropout = problem.pop("dtype", torch.bfloat16), problem.pop("dropout", False)
+    return make_plan(Problem(device, dtype, M, N, K, R, dropout, **problem), mode)
 
 
 def estimated(**problem):
@@ -131,6 +133,7 @@ class TestRows:
         "change",
         [
             {"dtype": "float32"},
+            {"adapter_dtype": "float16"},
             {"product": "z"},
             {"path": "reference"},
             {"path": "small"},
@@ -320,11 +323,18 @@ class TestPlan:
         assert not plan.one_launch
         assert getattr(plan, product).path == "addmm"
 
-    def test_rows_for_wider_adapters_say_what_was_measured(self, cache):
+    def test_wider_adapters(self, cache):
+        """Their own rows decide, else those for adapters of the base's dtype, and the reason says so."""
+        wide = {"adapter_dtype": torch.float32}
         write(cache, pair(1.0, 2.0))
-        plan = make_plan(Problem(H200, torch.bfloat16, 4096, 4096, 4096, 16, adapter_dtype=torch.float32))
+        plan = planned(**wide)
         assert plan.path == "triton"
         assert plan.reason == "tuned here: triton 1.0 us, addmm 2.0 us, with bfloat16 adapters"
+        write(cache, pair(4.0, 3.0, adapter_dtype="float32"))
+        assert planned(**wide).path == "addmm"
+        assert planned(**wide).reason == "tuned here: triton 4.0 us, addmm 3.0 us"
+        assert planned().reason == "tuned here: triton 1.0 us, addmm 2.0 us"
+        assert planned(adapter_dtype=torch.float16).reason.startswith("tuned here: triton 1.0 us")
 
     def test_use_path_goes_before_rows(self, cache):
         write(cache, pair(2.0, 1.0))
@@ -363,6 +373,19 @@ class TestFailedChecks:
         assert planned(M=8192, N=4096, K=256, dtype=torch.float16).path == "triton"
         write(cache, pair(1.0, 2.0))
         assert planned().path == "addmm"
+
+    def test_wider_adapters(self, cache):
+        """A kernel that failed for them alone is trusted with others; one that failed for others is not."""
+        shape, wide = {"M": 8192, "N": 4096, "K": 256}, {"adapter_dtype": torch.float32}
+        assert planned(**shape).path == planned(**shape, **wide).path == "triton"
+        write(cache, [row("triton", None, M=64, adapter_dtype="float32")])
+        assert planned(**shape).path == "triton"
+        assert planned(**shape, **wide).path == "addmm"
+        write(cache, [row("triton", None, M=64), *pair(1.0, 2.0, adapter_dtype="float32", R=64)])
+        assert planned(**shape, **wide).path == planned(**shape).path == "addmm"
+        assert planned(R=64, **wide).path == "triton"
+        write(cache, [row("triton", None, M=64, R=64)])
+        assert planned(R=64, **wide).path == "addmm"
 
     def test_under_dropout(self, cache):
         """The kernels are the rule there, unless they gave wrong results."""
@@ -491,9 +514,9 @@ class TestUnusableFiles:
             warnings.simplefilter("error")
             planned()
 
-    def test_a_file_from_before_g_and_dA_had_rows(self, cache):
-        header = "gpu,capability,triton,dtype,product,M,N,K,R,dropout,path,microseconds,status"
-        start = f"NVIDIA H200,90,{measured.triton_version()},bfloat16"
+    def test_a_file_without_rows_of_g_and_dA(self, cache):
+        header = "gpu,capability,triton,dtype,adapter_dtype,product,M,N,K,R,dropout,path,microseconds,status"
+        start = f"NVIDIA H200,90,{measured.triton_version()},bfloat16,bfloat16"
         times = {"triton": 1.5, "addmm": 2.0}
         lines = [
             f"{start},{name},4096,4096,4096,16,False,{path},{us},ok"
@@ -501,7 +524,7 @@ class TestUnusableFiles:
             for path, us in times.items()
         ]
         cache.parent.mkdir()
-        assert cache.name == "tuned-v2.csv"
+        assert cache.name == "tuned-v3.csv"
         cache.write_text("\n".join([header, *lines, ""]))
         planner.forget_plans()
         with warnings.catch_warnings():
@@ -541,6 +564,7 @@ class TestUnusableFiles:
                         product,
                         R=rank,
                         dropout=dropout,
+                        adapter_dtype=draw.choice(("bfloat16", "float32")),
                         **sizes,
                     )
                 )
@@ -549,7 +573,9 @@ class TestUnusableFiles:
                 M, N, K = (draw.choice((0, 1, 16, 4096)) for _ in range(3))
                 R, dropout = draw.choice((1, 16, 64, 256, 300)), draw.random() < 0.5
                 dtype = draw.choice((torch.bfloat16, torch.float32, torch.float64))
-                plan = planned(draw.choice(gpus), M, N, K, R, dtype, dropout)
+                adapters = draw.choice((dtype, torch.float32))
+                given = {"dtype": dtype, "dropout": dropout, "adapter_dtype": adapters}
+                plan = planned(draw.choice(gpus), M, N, K, R, **given)
                 for name in STEPS:
                     step = getattr(plan, name)
                     assert step.reason
@@ -646,6 +672,38 @@ class TestCommand:
     def test_right_kernels_pass(self, cache, dtype, shape):
         assert run("--shapes", shape, "--dtype", dtype) == 0
         assert {r.status for r in measured.read_rows(cache)} == {"ok"}
+
+    @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+    @pytest.mark.parametrize("shape", ["1,1,1,1", "16,33,70,5", "65,130,24,20"])
+    def test_right_kernels_pass_with_wider_adapters(self, cache, dtype, shape):
+        """They round the adapters, as eager PyTorch does under autocast."""
+        assert run("--shapes", shape, "--dtype", dtype, "--adapter-dtype", "fp32") == 0
+        rows = measured.read_rows(cache)
+        assert {(r.status, r.adapter_dtype) for r in rows} == {("ok", "float32")}
+
+    def test_adapters_of_both_kinds(self, cache, capsys):
+        assert run("--shapes", "20,24,32,4", "--adapter-dtype", "base", "fp32") == 0
+        rows, out = measured.read_rows(cache), capsys.readouterr().out
+        assert sum(r.adapter_dtype == "bfloat16" for r in rows) == 20
+        assert sum(r.adapter_dtype == "float32" for r in rows) == 20
+        assert "\nbfloat16+float32 M=20 N=24 K=32 R=4 " in out
+        assert run("--shapes", "20,24,32,4", "--adapter-dtype", "fp32", "base", "--resume") == 0
+        assert "\n0 rows for Test GPU" in capsys.readouterr().out
+
+    def test_a_kernel_that_is_wrong_for_wider_adapters(self, cache, monkeypatch):
+        """They arrive in float32, though the base has half precision."""
+
+        def wrong(step, p, q, *args):
+            result = project(step, p, q, *args)
+            if step.path == "triton" and q.dtype == torch.float32:
+                result[-1, -1] += 1.0
+            return result
+
+        project = ops.run_project
+        monkeypatch.setattr(ops, "run_project", wrong)
+        assert run("--shapes", "20,24,32,4", "--adapter-dtype", "base", "fp32") == 0
+        failed = {(r.product, r.adapter_dtype) for r in measured.read_rows(cache) if r.status != "ok"}
+        assert failed == {("h", "float32"), ("g", "float32")}
 
     def test_shared_products_are_measured_once(self, cache):
         run("--shapes", "20,24,32,4", "20,40,32,4", "20,24,32,4")
@@ -784,10 +842,10 @@ class TestCommand:
     def test_out_of_memory(self, cache, capsys, monkeypatch):
         draw = tune.draw_inputs
 
-        def draw_inputs(shape, *args):
-            if shape.M == 20:
+        def draw_inputs(job, *args):
+            if job.shape.M == 20:
                 raise torch.OutOfMemoryError
-            return draw(shape, *args)
+            return draw(job, *args)
 
         monkeypatch.setattr(tune, "draw_inputs", draw_inputs)
         assert run("--shapes", "20,24,32,4", "21,24,32,4") == 0
@@ -828,7 +886,9 @@ class TestCommand:
                 raise RuntimeError("capture failed")
             return timer(functions)
 
-        with pytest.warns(RuntimeWarning, match=r"at M=20 N=24 K=32 R=4 was not timed: capture failed"):
+        with pytest.warns(
+            RuntimeWarning, match=r"at M=20 N=24 K=32 R=4, torch.bfloat16 was not timed: capture failed"
+        ):
             assert run("--shapes", "20,24,32,4", timer=failing) == 0
         rows = measured.read_rows(cache)
         assert {row.status for row in rows} == {"ok"}
@@ -921,7 +981,7 @@ class TestCommand:
         write(cache, [*old, row(gpu=H200, product="h", M=21, N=24, K=32, R=4)])
         drawn, draw = [], tune.draw_inputs
         monkeypatch.setattr(
-            tune, "draw_inputs", lambda shape, *rest: drawn.append(shape) or draw(shape, *rest)
+            tune, "draw_inputs", lambda job, *rest: drawn.append(job.shape) or draw(job, *rest)
         )
         timer = fake_timer(triton=9e-6, addmm=8e-6)
         # Of the second shape, g and dA are those of the first.
@@ -1030,6 +1090,7 @@ class TestArguments:
             ["--tokens", "0"],
             ["--ranks", "x"],
             ["--dtype", "fp32"],
+            ["--adapter-dtype", "bf16"],
             ["--minutes", "nan"],
             ["--minutes", "0"],
             ["--minutes", "x"],
@@ -1050,6 +1111,9 @@ class TestArguments:
             for dtype in ("float16", "bfloat16")
             for shape in ("M=1 N=2 K=3 R=4", "M=4 N=40 K=48 R=8")
         ]
+        assert tune.main(["--list", "--shapes", "1,2,3,4", "--adapter-dtype", "base", "fp32"]) == 0
+        listed = capsys.readouterr().out.splitlines()
+        assert listed == ["bfloat16  M=1 N=2 K=3 R=4", "bfloat16+float32 M=1 N=2 K=3 R=4"]
         found = layers_of("--tokens", "7", "--ranks", "32", capsys=capsys)
         assert found == sorted(f"M=7 N={n} K={k} R=32" for n, k in tune.FEATURES)
 
