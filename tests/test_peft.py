@@ -189,6 +189,7 @@ def test_many_tokens_and_the_kernels_take_a_seed(monkeypatch):
             assert ops.few_mask(x, 0.5, x.dtype).unique().tolist() == [0.0, 1.0]
     with fastlora.use_path("triton"):
         assert ops.few_mask(x, 0.5, x.dtype) is None
+    assert ops.few_mask(x.to("meta"), 0.5, x.dtype) is None  # as on any other device
     monkeypatch.setattr(ops, "_FEW_DROPPED", 4 * 24 - 1)
     assert ops.few_mask(x, 0.5, x.dtype) is None
 

@@ -356,6 +356,21 @@ class TestPlan:
             assert (step.path == "triton") == (step.config is not None)
 
 
+def test_only_apart_takes_the_fastest_paths_of_g_and_dA(monkeypatch):
+    """The check compares with the plain formula, whatever was faster."""
+    ran = []
+    for name in ("run_project", "run_token_sum"):
+        monkeypatch.setattr(ops, name, lambda step, *_: ran.append(step.path))
+    inputs = tune.draw_inputs(tune.Shape(3, 5, 7, 2), torch.float32, torch.device("cpu"))
+    before = [*pair(1.0, 2.0, product="g"), *pair(2.0, 1.0, product="dA")]
+    problem = Problem(TEST_GPU, torch.float32, 3, 5, 7, 2)
+    one = tune.computation("g+dA", problem, inputs, before)
+    for path, expected in (("apart", ["triton", "addmm"]), ("reference", ["reference"] * 2)):
+        ran.clear()
+        one.run(path)
+        assert ran == expected
+
+
 class TestFailedChecks:
     def test_here(self, cache):
         write(cache, [row("triton", None), row("addmm", 20.0)])
