@@ -653,6 +653,17 @@ class TestPlan:
         flat = [s for step in steps for s in (step if isinstance(step, tuple) else (step,))]
         assert {step.path for step in flat} == {mode}
 
+    def test_the_widest_adapter_of_a_group_decides(self, monkeypatch):
+        """The kernels' shared memory has to hold each of them."""
+        asked, plan = [], ops._group_plan
+        monkeypatch.setattr(ops, "_group_plan", lambda *given: asked.append(given[2]) or plan(*given))
+        x, weights = torch.randn(3, 8).half(), [torch.randn(6, 8).half()] * 2
+        As = [torch.randn(6, 2).half().requires_grad_(), torch.randn(6, 2).requires_grad_()]
+        Bs = [torch.randn(2, 8).half(), torch.randn(2, 8)]
+        ys = fastlora.lora_linear_group(x, weights, As, Bs, [1.0, 1.0])
+        sum(y.sum() for y in ys).backward()
+        assert asked == [torch.float32] * 2
+
     @pytest.mark.parametrize("name", ["h", "dx", "dB", "y", "g", "dA"])
     def test_any_kernel_is_a_launch(self, name):
         plan = self.plan(mode="addmm")
