@@ -1882,6 +1882,21 @@ class TestTheDirectory:
         assert directory.stat().st_mode & 0o777 == 0o750
         assert sorted(os.listdir(tmp_path)) == ["adapter", "wanted"]
 
+    def test_links_to_folders_stay_links(self, tmp_path):
+        directory = tmp_path / "adapter"
+        new, _, _ = prepare_scenario("other config", directory)
+        (directory / "latest").symlink_to("runs")
+        fastlora.save_adapter(new, directory)
+        assert os.readlink(directory / "latest") == "runs"
+
+    def test_without_a_working_directory(self, tmp_path, monkeypatch):
+        new, _, wanted = prepare_scenario("other config", tmp_path / "adapter")
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        fastlora.save_adapter(new, tmp_path / "adapter")
+        assert files(tmp_path / "adapter") == wanted
+
     def test_copies_where_the_system_has_no_links(self, tmp_path, monkeypatch):
         def refuse(*args, **kwargs):
             raise PermissionError(errno.EPERM, "no links")

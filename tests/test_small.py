@@ -101,6 +101,11 @@ class TestKernel:
         y, h = launch(case, alpha=1.0)
         assert torch.equal(y[:, :4], h)
         assert not y[:, 4:].any()
+        # In a difference of near columns the rounding of each shows.
+        case.B[1] = case.B[0] * 1.01
+        case.A = torch.tensor([[1.0, -1.0, 0.0, 0.0]], device=kernel_device).half().repeat(48, 1)
+        y, h = launch(case, alpha=1.0)
+        assert torch.equal(y, (h[:, :1].double() - h[:, 1:2].double()).half().expand(16, 48))
 
     def test_is_deterministic(self, kernel_device):
         case = tensors(16, 130, 300, 16, torch.float16, device=kernel_device)

@@ -369,6 +369,23 @@ def test_only_apart_takes_the_fastest_paths_of_g_and_dA(monkeypatch):
         ran.clear()
         one.run(path)
         assert ran == expected
+    failed = tune.computation("g+dA", problem, inputs, [row("triton", None, product=p) for p in ("g", "dA")])
+    ran.clear()
+    failed.run("apart")
+    assert ran == ["addmm"] * 2
+
+
+def test_what_was_measured_before_memory_ran_out_counts(cache, monkeypatch):
+    def measure(product, *_):
+        if product == "y":
+            raise torch.OutOfMemoryError("full")
+        return [row(product=product)]
+
+    monkeypatch.setattr(tune, "measure", measure)
+    jobs = [(torch.bfloat16, tune.Shape(3, 5, 7, 2))]
+    done = list(tune.tune(jobs, torch.device("cpu"), TEST_GPU, dict.fromkeys, cache))
+    assert done == [(*jobs[0], [row(product="h")])]
+    assert measured.read_rows(cache) == [row(product="h")]
 
 
 class TestFailedChecks:
