@@ -83,6 +83,16 @@ class TestValues:
         assert_matches(ours, exact(case, 0.5), eager_errors(case, 0.5))
 
     @every_run
+    @pytest.mark.parametrize(("N", "K"), [(24, 0), (0, 40)])
+    def test_no_features(self, run, N, K, poisoned_empty):
+        case = tensors((2, 3), 24, 40, 4, torch.float16, device=run.device)
+        case.x, case.dy, case.bias = case.x[..., :K], case.dy[..., :N], case.bias[:N]
+        case.weight, case.A, case.B = case.weight[:N, :K], case.A[:N], case.B[:, :K]
+        ours, theirs = (differentiate(form, case) for form in (fused(0.5, path=run.path), eager(0.5)))
+        for name in NAMES:
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+
+    @every_run
     @pytest.mark.parametrize("lead", [(), (0,), (2, 0), (1,), (3, 5), (2, 1, 3)])
     def test_leading_sizes(self, run, lead, poisoned_empty):
         case = tensors(lead, 24, 40, 4, torch.float16, device=run.device)

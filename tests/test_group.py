@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import dtensors, masks, ops, reference
 from fastlora.device import Device
-from fastlora.group import lora_linear_group
+from fastlora.group import _chunks, lora_linear_group
 from fastlora.kernels import configs
 from fastlora.planner import Problem, make_group_plan, make_plan
 
@@ -664,6 +664,19 @@ class TestPlan:
         sum(y.sum() for y in ys).backward()
         assert asked == [torch.float32] * 2
 
+    def test_branches_of_one_launch(self):
+        for ranks, counts in (([128, 128], [2]), ([128, 129], [1, 1]), ([8] * 5, [4, 1]), ([256, 1], [1, 1])):
+            assert [part.stop - part.start for part in _chunks(ranks)] == counts
+
+    @pytest.mark.parametrize("need_dx", [False, True])
+    def test_dB_has_the_rows_of_the_branches_that_need_it(self, need_dx):
+        x, dy, weight = torch.randn(3, 8), torch.randn(3, 6), torch.randn(6, 8)
+        As, Bs = [torch.randn(6, 2), torch.randn(6, 5)], [torch.randn(2, 8), torch.randn(5, 8)]
+        asked = need_dx, [False] * 2, [False, True], [False] * 2
+        given = [dy] * 2, x, [weight] * 2, As, Bs, None, [1.0, 0.5], 0.0, None
+        dB = ops.group_backward(*given, *asked, "auto")[1]
+        torch.testing.assert_close(dB, 0.5 * (dy @ As[1]).t() @ x)
+
     @pytest.mark.parametrize("name", ["h", "dx", "dB", "y", "g", "dA"])
     def test_any_kernel_is_a_launch(self, name):
         plan = self.plan(mode="addmm")
@@ -1239,6 +1252,15 @@ class TestNothingIsKept:
 
 
 class TestModelFunctions:
+    def test_a_second_call_forgets_parents_without_siblings(self):
+        model = fastlora.apply_lora(nn.Sequential(Parent(), Parent()), "all-linear", rank=3)
+        fastlora.group_projections(model)
+        for name, layer in list(model[0].named_children()):
+            setattr(model[0], name, layer.to_linear())
+        fastlora.group_projections(model)
+        assert not model[0]._forward_pre_hooks
+        assert model[1]._forward_pre_hooks
+
     def test_ungroup_restores_exactly(self):
         model, x = adapted(), torch.randn(2, 5, 24)
 
