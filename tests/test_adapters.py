@@ -1300,6 +1300,14 @@ class TestLoading:
         fastlora.load_adapter(model, directory)
         assert same_outputs(model, fastlora.load_adapter(make("net"), directory))
 
+    def test_new_parameters_of_another_rank_stay_frozen(self, directory):
+        model = other_rank()
+        model.blocks[0]["up"].A.requires_grad_(False)
+        fastlora.load_adapter(model, directory)
+        layer = model.blocks[0]["up"]
+        assert layer.rank == 4
+        assert (layer.A.requires_grad, layer.B.requires_grad) == (False, True)
+
     def test_a_saved_module_that_cannot_be_written(self, directory):
         model = fastlora.load_adapter(make("net"), directory)
         model.head.bias = nn.Parameter(torch.zeros(1).expand(3))
