@@ -536,7 +536,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     sections = "; ".join(f"{name}: {what}" for name, what in SECTIONS.items())
     parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=sections
+        "--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"(default: all) {sections}"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default 9)")
     parser.add_argument("--seconds", type=float, default=0.8, help="to spend on one table cell's providers")
@@ -564,6 +564,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.minutes <= 0:
         parser.error(f"--minutes {arguments.minutes}: expected more than 0")
+    if arguments.dtype == "float16" and PROJECTS in (arguments.only or ()):
+        parser.error(f"--only {PROJECTS} takes bfloat16 alone: alpha * h may overflow in float16")
+    if arguments.only is None:
+        arguments.only = [name for name in SECTIONS if name != PROJECTS or arguments.dtype == "bfloat16"]
     try:
         arguments.providers = select(arguments.providers, arguments.without)
     except ValueError as error:

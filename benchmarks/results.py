@@ -300,5 +300,8 @@ def noise_warning(rows: Iterable[Row], allowed: float = 1.02) -> str | None:
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write all of it or nothing, as the process may be killed at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    scratch = path.with_name(f"{path.name}.new")
+    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(path)

@@ -48,7 +48,7 @@ class FusedLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: (..., in_features) -> (..., out_features), in the base layer's dtype or autocast's."""
-        call = getattr(x, "_fastlora_call", None)  # see fastlora.group
+        call = getattr(x, "_fastlora_call", None) if isinstance(x, Tensor) else None  # see fastlora.group
         if call is not None and not args and not kwargs:
             y = call.output_of(self, x)
             if y is not None:

@@ -821,6 +821,15 @@ def test_gpu_script_without_gpu(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_loop_that_projects_is_for_bfloat16(tmp_path, capsys):
+    out = ["--out", str(tmp_path)]
+    assert primitives.PROJECTS in gpu._arguments(out).only
+    assert primitives.PROJECTS not in gpu._arguments([*out, "--dtype", "float16"]).only
+    with pytest.raises(SystemExit):
+        gpu._arguments([*out, "--dtype", "float16", "--only", "both", primitives.PROJECTS])
+    assert "overflow in float16" in capsys.readouterr().err
+
+
 def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off in a process with a GPU")

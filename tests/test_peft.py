@@ -675,6 +675,12 @@ def test_traces_are_pefts():
     close(traced(inputs()[:2]), stock(inputs()[:2]))
 
 
+def test_fx_is_told_that_it_cannot_follow():
+    """By PEFT's own forward: the tracer's stand-in for a tensor has every attribute, that of groups too."""
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(nets()[1].base_model.model)
+
+
 def test_sharded_tensors_run_pefts_code():
     from torch.distributed.tensor import DTensor
 

@@ -732,6 +732,15 @@ class TestDisableAdapter:
             model.load_state_dict({"embed.weight": weight}, strict=False)
         assert torch.equal(model.embed.weight, weight)
 
+    def test_batch_norm_adds_a_counter_to_what_it_loads(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        fastlora.apply_lora(model, ["0"], modules_to_save=["1"])
+        with fastlora.disable_adapter(model):
+            model.load_state_dict({"2.bias": torch.ones(4)}, strict=False)
+            with pytest.raises(ValueError, match="inside disable_adapter: 1 has its original values"):
+                model.load_state_dict({"1.num_batches_tracked": torch.tensor(3)}, strict=False)
+        assert torch.equal(model[2].bias, torch.ones(4))
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("training", [True, False])
     def test_is_the_base_model_bit_for_bit(self, dtype, training):
