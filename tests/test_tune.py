@@ -248,6 +248,10 @@ class TestPlan:
         assert planned(R=8).reason == "tuned here: triton 5.0 us, addmm 2.0 us"
         assert planned(R=16).reason == "tuned here: triton 1.0 us, addmm 2.0 us"
 
+    def test_the_nearest_number_of_tokens(self, cache):
+        write(cache, [*pair(1.0, 2.0, M=2560), *pair(3.0, 2.0, M=4000)])
+        assert [planned(M=M).path for M in (2100, 3200, 3400, 4096)] == ["triton"] * 2 + ["addmm"] * 2
+
     def test_few_tokens(self, cache):
         """A row of the whole forward decides h and y together."""
         for times, expected in (
@@ -477,6 +481,13 @@ class TestFailedChecks:
         write(tmp_path / "shipped.csv", pair(1.0, 2.0))
         assert planned().path == "triton"
         write(cache, [row("triton", None, M=64)])
+        assert planned().path == "addmm"
+
+    def test_nor_do_rows_from_here_overrule_a_shipped_failure(self, cache, monkeypatch, tmp_path):
+        monkeypatch.setattr(measured, "_SHIPPED", tmp_path / "shipped.csv")
+        write(cache, pair(1.0, 2.0))
+        assert planned().path == "triton"
+        write(tmp_path / "shipped.csv", [row("triton", None, M=64)])
         assert planned().path == "addmm"
 
 
@@ -1003,6 +1014,15 @@ class TestCommand:
         wrong = {(r.product, r.path, r.status) for r in rows if r.status != "ok"}
         assert wrong == {("dA", "triton", status)}
         assert {r.product for r in rows} == set(measured.SIZES) - {"forward"}
+
+    @pytest.mark.parametrize("other", [{"triton": "2.0"}, {"capability": 86}, {"gpu": "Other"}], ids=str)
+    def test_rows_of_another_machine_are_not_resumed(self, cache, other):
+        assert run("--shapes", "20,24,32,4") == 0
+        rows = measured.read_rows(cache)
+        cache.unlink()
+        write(cache, [dataclasses.replace(r, **other) for r in rows])
+        assert run("--shapes", "20,24,32,4", "--resume") == 0
+        assert len(measured.read_rows(cache)) == 2 * len(rows)
 
     def test_resumed(self, cache, monkeypatch, capsys):
         """What the file has is left alone, what an earlier run did not get to or through is measured."""
