@@ -365,7 +365,8 @@ def test_only_apart_takes_the_fastest_paths_of_g_and_dA(monkeypatch):
     ran = []
     for name in ("run_project", "run_token_sum"):
         monkeypatch.setattr(ops, name, lambda step, *_: ran.append(step.path))
-    inputs = tune.draw_inputs(tune.Shape(3, 5, 7, 2), torch.float32, torch.device("cpu"))
+    job = tune.Job(torch.float32, torch.float32, tune.Shape(3, 5, 7, 2))
+    inputs = tune.draw_inputs(job, torch.device("cpu"))
     before = [*pair(1.0, 2.0, product="g"), *pair(2.0, 1.0, product="dA")]
     problem = Problem(TEST_GPU, torch.float32, 3, 5, 7, 2)
     one = tune.computation("g+dA", problem, inputs, before)
@@ -386,9 +387,9 @@ def test_what_was_measured_before_memory_ran_out_counts(cache, monkeypatch):
         return [row(product=product)]
 
     monkeypatch.setattr(tune, "measure", measure)
-    jobs = [(torch.bfloat16, tune.Shape(3, 5, 7, 2))]
+    jobs = [tune.Job(torch.bfloat16, torch.bfloat16, tune.Shape(3, 5, 7, 2))]
     done = list(tune.tune(jobs, torch.device("cpu"), TEST_GPU, dict.fromkeys, cache))
-    assert done == [(*jobs[0], [row(product="h")])]
+    assert done == [(jobs[0], [row(product="h")], False)]
     assert measured.read_rows(cache) == [row(product="h")]
 
 
