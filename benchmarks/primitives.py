@@ -107,7 +107,7 @@ class _Products:
         on_hopper = self.planned.device.capability == 90 and s.M >= 128
         self.schedule = schedule if on_hopper and tiles is None else None
 
-    def configs(self, product: str, name: str = TRITON) -> Mapping[str, configs.Config]:
+    def launched(self, product: str, name: str = TRITON) -> Mapping[str, configs.Config]:
         """The configurations to launch: the shipped one as ``name``, or those to measure instead."""
         shipped = shipped_config(self.planned, product)
         if shipped is None:
@@ -118,13 +118,13 @@ class _Products:
         from fastlora.kernels.project import project
 
         return Product(
-            (p, q), torch.mm, {key: partial(project, p, q, c) for key, c in self.configs(name).items()}
+            (p, q), torch.mm, {key: partial(project, p, q, c) for key, c in self.launched(name).items()}
         )
 
     def gemm(self, name: str, p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> Product:
         from fastlora.kernels.gemm import gemm
 
-        named = self.configs(name)
+        named = self.launched(name)
         kernels: Kernels = {key: partial(gemm, p, q, u, v, self.alpha, c) for key, c in named.items()}
         formulas = dict.fromkeys(kernels, self._updated)
         if self.tiles is None:
@@ -178,7 +178,7 @@ class _Products:
 
         kernels: Kernels = {
             key: lambda c=c: small(x, weight, A, B, self.alpha, c)[0]
-            for key, c in self.configs("forward", ONE_LAUNCH).items()
+            for key, c in self.launched("forward", ONE_LAUNCH).items()
         }
         operands = x, weight, A, B
         return Product(
@@ -189,7 +189,7 @@ class _Products:
         from fastlora.kernels.token_sum import token_sum
 
         kernels: Kernels = {
-            key: partial(token_sum, p, u, 1.0, c, p.dtype) for key, c in self.configs(name).items()
+            key: partial(token_sum, p, u, 1.0, c, p.dtype) for key, c in self.launched(name).items()
         }
         return Product((p, u), lambda p, u: torch.mm(p.t(), u), kernels)
 
@@ -198,7 +198,7 @@ class _Products:
 
         kernels: Kernels = {
             key: partial(g_and_dA, dy, A, h, 1.0, c, dy.dtype)
-            for key, c in self.configs("g+dA", ONE_LAUNCH).items()
+            for key, c in self.launched("g+dA", ONE_LAUNCH).items()
         }
         if self.tiles is None:
             parts = [made.kernels[TRITON] for made in (self.project("g", dy, A), self.token_sum("dA", dy, h))]

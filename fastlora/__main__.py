@@ -16,6 +16,7 @@ import torch
 
 import fastlora
 from fastlora import measured, ops, planner
+from fastlora.checks import dtype_name
 from fastlora.device import Device, describe
 from fastlora.planner import Plan, Problem
 
@@ -121,7 +122,7 @@ def path_table(device: Device) -> list[str]:
         for dtype in DTYPES:
             problem = Problem(device, dtype, tokens, FEATURES, FEATURES, RANK)
             rows = tuple(plan_rows(planner.make_plan(problem)))
-            groups.setdefault(rows, []).append(str(dtype).removeprefix("torch."))
+            groups.setdefault(rows, []).append(dtype_name(dtype))
         for rows, dtypes in groups.items():
             lines.append(f"  {', '.join(dtypes)}; {tokens:,} token{'s' * (tokens > 1)}")
             lines += [f"    {product:<20}{path:<11}{reason}" for product, path, reason in rows]

@@ -1,4 +1,4 @@
-"""Checks of single arguments, shared by the layer, the functions and what works on whole models."""
+"""Checks of single arguments, shared by the layer, the functions and models; how messages name a dtype."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def as_number(value: Any) -> Any:
     # is_finite would compare a NumPy float32 with Python's largest float in float32's narrower range.
     foreign = isinstance(value, numbers.Real) and not isinstance(value, (float, numbers.Rational))
     return float(value) if foreign else value
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "bfloat16", for messages and files."""
+    return str(dtype).removeprefix("torch.")
 
 
 def unwritable(tensor: Tensor) -> bool:

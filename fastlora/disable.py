@@ -312,10 +312,11 @@ def _refuse_loading(module: nn.Module, state: Mapping[str, Any], prefix: str, *_
     with _changes_lock:
         roots = list(_changes)
     # A copy made inside the block has this hook as well, but is not what the block changed.
-    changed = any(module is m for root in roots for m in root.modules())
+    if not any(module is m for root in roots for m in root.modules()):
+        return
     # BatchNorm puts a counter of its own into a state that lacks it.
     own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    if changed and any(name.startswith(prefix) and id(value) not in own for name, value in state.items()):
+    if any(name.startswith(prefix) and id(value) not in own for name, value in state.items()):
         raise ValueError(
             f"load_state_dict inside disable_adapter: {prefix.removesuffix('.') or type(module).__name__} "
             "has its original values inside the block, and loading would overwrite them"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlora import masks, ops, reference
-from fastlora.checks import as_number, check_alpha, check_dropout
+from fastlora.checks import as_number, check_alpha, check_dropout, dtype_name
 from fastlora.device import describe
 from fastlora.dtensors import is_wrapper, shared_seed, with_whole_gradients
 from fastlora.paths import current_mode
@@ -108,7 +108,7 @@ class Operands(NamedTuple):
 def _describe(**tensors: Tensor | None) -> str:
     """The shapes and dtypes of tensors, for error messages."""
     return ", ".join(
-        f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        f"{name} {tuple(tensor.shape)} {dtype_name(tensor.dtype)}"
         for name, tensor in tensors.items()
         if tensor is not None
     )

@@ -97,9 +97,12 @@ class Row:
     @property
     def family(self) -> Family:
         """The key shared by all rows that a failed check of this row's path disqualifies."""
-        machine = self.gpu, self.capability, self.triton
-        kind = self.dtype, self.adapter_dtype, self.product
-        return Family(*machine, *kind, rank_bucket(self.R), self.dropout)
+        return Family._make(getattr(self, name) for name in Family._fields)
+
+    @property
+    def ranks(self) -> int:
+        """The bucket of the rank."""
+        return rank_bucket(self.R)
 
     @property
     def time(self) -> float:
@@ -310,52 +313,35 @@ def _tables(gpu: str, capability: int) -> tuple[Table, ...]:
     return tuple(table for table in (user, _shipped_table()) if machine in table.machines)
 
 
-def _families(
-    gpu: str, capability: int, dtype: str, adapter_dtype: str, product: str, R: int, dropout: bool
-) -> list[Family]:
-    """Those whose rows tell of a product: of these adapters, then of adapters of the base's dtype."""
-    exact = Family(gpu, capability, triton_version(), dtype, adapter_dtype, product, rank_bucket(R), dropout)
-    return list(dict.fromkeys((exact, exact._replace(adapter_dtype=dtype))))
+def _families(key: Family) -> list[Family]:
+    """Those whose rows tell of a product: of its own adapters, then of adapters of the base's dtype."""
+    return list(dict.fromkeys((key, key._replace(adapter_dtype=key.dtype))))
 
 
-def find(
-    gpu: str,
-    capability: int,
-    dtype: str,
-    adapter_dtype: str,
-    product: str,
-    M: int,
-    N: int,
-    K: int,
-    R: int,
-    dropout: bool = False,
-) -> Finding | None:
+def find(key: Family, M: int, N: int, K: int, R: int) -> Finding | None:
     """The finding for a product at this shape, from the user's rows first. Never raises.
 
     Without rows for float32 adapters on a half-precision base, those for adapters of the base's dtype decide.
     """
-    tables = _tables(gpu, capability)
+    tables = _tables(key.gpu, key.capability)
     if not tables or not (M and N and K and R):
         return None
-    refused = failed(gpu, capability, dtype, adapter_dtype, product, R, dropout)
-    for key in _families(gpu, capability, dtype, adapter_dtype, product, R, dropout):
-        found = next(filter(None, (table.find(key, M, N, K, R, refused) for table in tables)), None)
+    refused = failed(key)
+    for each in _families(key):
+        found = next(filter(None, (table.find(each, M, N, K, R, refused) for table in tables)), None)
         if found is not None:
-            other = f", with {key.adapter_dtype} adapters" if key.adapter_dtype != adapter_dtype else ""
+            other = f", with {each.adapter_dtype} adapters" if each != key else ""
             return Finding(found.path, found.reason + other)
     return None
 
 
-def failed(
-    gpu: str, capability: int, dtype: str, adapter_dtype: str, product: str, R: int, dropout: bool = False
-) -> frozenset[str]:
-    """The paths that failed a check on this GPU, at any shape of this kind, product and rank bucket.
+def failed(key: Family) -> frozenset[str]:
+    """The paths that failed a check on this GPU, at any shape of this family.
 
     A path that failed for adapters of the base's dtype is not trusted with wider ones either.
     """
-    families = _families(gpu, capability, dtype, adapter_dtype, product, R, dropout)
-    tables = _tables(gpu, capability)
-    return frozenset().union(*(table.failed(key) for table in tables for key in families))
+    tables = _tables(key.gpu, key.capability)
+    return frozenset().union(*(table.failed(each) for table in tables for each in _families(key)))
 
 
 def forget() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fastlora import ops
+from fastlora.checks import dtype_name
 from fastlora.dtensors import any_dtensor
 from fastlora.function import PLAIN_TENSORS, Operands, autocast_on, compute, needs_plain_operations
 
@@ -252,5 +253,5 @@ def why_not_input(layer: LoraLinear, x: Tensor, operands: Operands) -> str:
 
 
 def _describe_dtypes(**tensors: Tensor | None) -> str:
-    dtypes = (f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items() if t is not None)
+    dtypes = (f"{name} {dtype_name(t.dtype)}" for name, t in tensors.items() if t is not None)
     return f"dtypes {', '.join(dtypes)}"

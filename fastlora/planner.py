@@ -14,11 +14,11 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fastlora import measured
+from fastlora.checks import dtype_name
 from fastlora.device import Device
 from fastlora.kernels import configs
 from fastlora.roofline import LAUNCH, estimate, estimate_small, roofline_of
@@ -184,11 +184,10 @@ def why_not_triton(problem: Problem) -> str | None:
     if not has_triton():
         return "the triton package is not installed"
     if problem.dtype not in _KERNEL_DTYPES:
-        return f"the kernels compute float16, bfloat16 and float32, not {_name(problem.dtype)}"
+        return f"the kernels compute float16, bfloat16 and float32, not {dtype_name(problem.dtype)}"
     if problem.adapter_itemsize > 4:
-        return (
-            f"the kernels read adapters of up to float32, not {_name(problem.adapter_dtype or problem.dtype)}"
-        )
+        wide = dtype_name(problem.adapter_dtype or problem.dtype)
+        return f"the kernels read adapters of up to float32, not {wide}"
     if problem.R > configs.MAX_RANK:
         return f"the kernels take ranks up to {configs.MAX_RANK}, not {problem.R}"
     if device.kind == "cpu":
@@ -200,10 +199,6 @@ def why_not_triton(problem: Problem) -> str | None:
     if device.capability not in configs.COMPILED_FOR:
         return f"the kernels have not been compiled for sm_{device.capability} yet"
     return _excluded.get(device)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _forget: list[Callable[[], None]] = [measured.forget]
@@ -245,7 +240,7 @@ def make_plan(problem: Problem, mode: str = "auto") -> Plan:
     if obstacle:
         return uniform_plan(problem, "addmm", obstacle)
     if problem.dtype not in _HALF:
-        return uniform_plan(problem, "addmm", f"{_name(problem.dtype)} has no fused tensor-core kernel")
+        return uniform_plan(problem, "addmm", f"{dtype_name(problem.dtype)} has no fused tensor-core kernel")
     return _chosen_plan(problem)
 
 
@@ -281,7 +276,7 @@ def _group_dx(problem: Problem, Ns: tuple[int, ...], dx: Step, mode: str) -> Ste
     if dx.path == "triton":
         return dataclasses.replace(dx, config=config)
     loop = roofline_of(p.device)
-    measured_otherwise = _find(p, "dx") or "triton" in measured.failed(**_key(p, "dx"))
+    measured_otherwise = _find(p, "dx") or "triton" in measured.failed(_key(p, "dx"))
     if measured_otherwise or not loop.loop_efficiency:
         return dx
     triton, addmm = _times(p, "dx", config)
@@ -425,23 +420,23 @@ def _chosen_plan(problem: Problem) -> Plan:
     return Plan(**{**steps, **both})
 
 
-def _key(problem: Problem, product: str) -> dict[str, Any]:
-    """The key of a product's rows, without the sizes other than R."""
-    return {
-        "gpu": problem.device.name,
-        "capability": problem.device.capability,
-        "dtype": _name(problem.dtype),
-        "adapter_dtype": measured.WIDE
-        if problem.adapter_itemsize > problem.dtype.itemsize
-        else _name(problem.dtype),
-        "product": product,
-        "R": problem.R,
-        "dropout": problem.dropout and product in DROPPED,
-    }
+def _key(problem: Problem, product: str) -> measured.Family:
+    """The family of a product's rows."""
+    wide = problem.adapter_itemsize > problem.dtype.itemsize
+    return measured.Family(
+        gpu=problem.device.name,
+        capability=problem.device.capability,
+        triton=measured.triton_version(),
+        dtype=dtype_name(problem.dtype),
+        adapter_dtype=measured.WIDE if wide else dtype_name(problem.dtype),
+        product=product,
+        ranks=measured.rank_bucket(problem.R),
+        dropout=problem.dropout and product in DROPPED,
+    )
 
 
 def _find(problem: Problem, product: str) -> measured.Finding | None:
-    return measured.find(**_key(problem, product), M=problem.M, N=problem.N, K=problem.K)
+    return measured.find(_key(problem, product), problem.M, problem.N, problem.K, problem.R)
 
 
 _SLOW = "the kernels are slow where a size is not a multiple of 16"
@@ -452,7 +447,7 @@ def _estimated_step(problem: Problem, name: str) -> Step:
     kernel = kernel_step(problem, name)
     if kernel.config is None:
         return Step(kernel.primitive, "addmm", None, "empty: nothing to launch")
-    failed = measured.failed(**_key(problem, name))
+    failed = measured.failed(_key(problem, name))
     if {"triton", "addmm"} <= failed:
         return Step(kernel.primitive, "addmm", None, "the kernels failed their checks on this GPU")
     if "triton" in failed:
@@ -487,7 +482,7 @@ def _compare(problem: Problem, name: str, config) -> tuple[str, bool]:
 def _why_one_launch(problem: Problem, config: configs.SmallConfig) -> str | None:
     """The reason if one launch is estimated to be faster than separate ones for h and y, else None."""
     roofline = roofline_of(problem.device)
-    if not roofline.loop_efficiency or "small" in measured.failed(**_key(problem, "forward")):
+    if not roofline.loop_efficiency or "small" in measured.failed(_key(problem, "forward")):
         return None
     if not measured.is_aligned("forward", problem.N, problem.K):
         return None

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fastlora import masks, measured, ops, planner, reference
 from fastlora.adapters import config_from
+from fastlora.checks import dtype_name
 from fastlora.device import Device, describe, sums_in_float32
 from fastlora.kernels import configs
 from fastlora.measured import OK, Row
@@ -335,8 +336,8 @@ def measure(
             gpu=described.name,
             capability=described.capability,
             triton=measured.triton_version(),
-            dtype=_name(job.dtype),
-            adapter_dtype=_name(job.adapter_dtype),
+            dtype=dtype_name(job.dtype),
+            adapter_dtype=dtype_name(job.adapter_dtype),
             product=product,
             M=shape.M,
             N=shape.N,
@@ -379,10 +380,6 @@ def _rounded(inputs: Inputs) -> Inputs:
     """The same with adapters of the base's dtype."""
     A, B = inputs.A.to(inputs.x.dtype), inputs.B.to(inputs.x.dtype)
     return dataclasses.replace(inputs, A=A, B=B)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _dtypes(dtype: str, adapter_dtype: str) -> str:
@@ -430,7 +427,7 @@ def tune(
     whole = {product: set(paths) for product, paths in measured.PATHS.items()}
     known = {sizes: rows for sizes, rows in known.items() if {row.path for row in rows} == whole[sizes[0]]}
     for job in jobs:
-        shape, dtypes = job.shape, (_name(job.dtype), _name(job.adapter_dtype))
+        shape, dtypes = job.shape, (dtype_name(job.dtype), dtype_name(job.adapter_dtype))
         rows: list[Row] = []
         complete = True
         sets: list[Inputs] = []
@@ -785,7 +782,7 @@ def main(
         return _give_up(f"nothing to measure: the kernels take ranks up to {configs.MAX_RANK}")
     if options.list:
         for job in jobs:
-            print(f"{_dtypes(_name(job.dtype), _name(job.adapter_dtype)):<9} {job.shape}")
+            print(f"{_dtypes(dtype_name(job.dtype), dtype_name(job.adapter_dtype)):<9} {job.shape}")
         return 0
     if device is None and not torch.cuda.is_available():
         return _give_up("there is no GPU here to measure; on a CPU fastlora always uses the BLAS")
