@@ -247,11 +247,24 @@ def why_not_input(layer: LoraLinear, x: Tensor, operands: Operands) -> str:
     device = x.device
     if not (device == weight.device == A.device == B.device and (bias is None or bias.device == device)):
         return "tensors on different devices"
-    if not (x.shape[-1:] == weight.shape[1:] == B.shape[1:] and A.shape == (weight.shape[0], B.shape[0])):
-        return f"x of shape {tuple(x.shape)}"
+    out_features, rank = weight.shape[0], B.shape[0]
+    if not (
+        x.shape[-1:] == weight.shape[1:] == B.shape[1:]
+        and A.shape == (out_features, rank)
+        and rank
+        and (bias is None or bias.shape == (out_features,))
+    ):
+        return _describe_shapes(x, weight=weight, bias=bias, lora_B=A, lora_A=B)
     return ""
 
 
 def _describe_dtypes(**tensors: Tensor | None) -> str:
     dtypes = (f"{name} {dtype_name(t.dtype)}" for name, t in tensors.items() if t is not None)
     return f"dtypes {', '.join(dtypes)}"
+
+
+def _describe_shapes(x: Tensor, **parameters: Tensor | None) -> str:
+    # Only x's last size, as reasons are counted and batches may all differ.
+    shapes = [f"x (..., {x.shape[-1]})" if x.dim() else "x ()"]
+    shapes += [f"{name} {tuple(t.shape)}" for name, t in parameters.items() if t is not None]
+    return f"shapes {', '.join(shapes)}"

@@ -827,6 +827,43 @@ def test_errors_are_pytorchs(x):
     assert str(actual.value) == str(expected.value)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("lora_A", (4, 23)), ("lora_B", (21, 4)), ("lora_B", (20, 5))])
+def test_errors_of_adapters_that_do_not_fit_are_pytorchs(name, shape):
+    stock = linear_layer(F32, F32)
+    getattr(stock, name)["default"].weight = nn.Parameter(torch.randn(shape))
+    fast = fastlora.fuse_peft(copy.deepcopy(stock))
+    with pytest.raises(RuntimeError) as expected:
+        stock(torch.zeros(2, 24))
+    with pytest.raises(RuntimeError) as actual:
+        fast(torch.zeros(2, 24))
+    assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "shapes"),
+    [
+        ({"lora_B": torch.ones(1, 4)}, "bias (20,), lora_B (1, 4), lora_A (4, 24)"),
+        ({"bias": torch.ones(1)}, "bias (1,), lora_B (20, 4), lora_A (4, 24)"),
+        (
+            {"lora_A": torch.ones(0, 24), "lora_B": torch.ones(20, 0)},
+            "bias (20,), lora_B (20, 0), lora_A (0, 24)",
+        ),
+    ],
+    ids=["one row of lora_B", "one bias", "rank 0"],
+)
+def test_unusual_shapes_that_pytorch_accepts_are_pefts(values, shapes):
+    stock = linear_layer(F32, F32)
+    for name, value in values.items():
+        if name == "bias":
+            stock.base_layer.bias = nn.Parameter(value)
+        else:
+            getattr(stock, name)["default"].weight = nn.Parameter(value)
+    fast = fastlora.fuse_peft(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 24)
+    close(results_of(fast, x), results_of(stock, x))
+    assert closing(fast) == f"fused 0, fell back 1: shapes x (..., 24), weight (20, 24), {shapes} (1)"
+
+
 @pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 1, 3, 24)], ids=str)
 def test_shapes(shape):
     stock = linear_layer(F32, F32, bias=False)

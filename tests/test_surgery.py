@@ -903,6 +903,14 @@ class TestDisableAdapter:
         assert model.lm_head.weight.is_meta
         assert model.lm_head.weight.requires_grad
 
+    def test_a_frozen_weight_moved_inside_stays_frozen(self):
+        layer = fastlora.FusedLoRALinear.from_linear(nn.Linear(8, 4), rank=2)
+        layer.merge()
+        with fastlora.disable_adapter(layer):
+            layer.to("meta")
+        assert layer.weight.is_meta
+        assert not layer.weight.requires_grad
+
     def test_copies_made_inside_leave_out_what_it_has_put_aside(self):
         model = trained(fastlora.apply_lora(Small(), ["q"], modules_to_save=["score", "lm_head"]).eval())
         model.layers[1].q.merge()
