@@ -34,9 +34,10 @@ if CUDA:
     checking.__enter__()
 
 if not CUDA and importlib.util.find_spec("triton") is not None:
-    from interpreter import repair_bfloat16
+    from interpreter import check_addresses, repair_bfloat16
 
     repair_bfloat16()
+    check_addresses()
 
 
 @pytest.hookimpl(trylast=True)  # after -m and --deselect

@@ -13,8 +13,15 @@ from fastlora.kernels import configs
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 HALF = (torch.float16, torch.bfloat16)
-# (M, D, E, R): below one tile, exact tiles, one past them, ranks that are padded.
-SIZES = ((1, 1, 1, 1), (3, 5, 7, 2), (64, 128, 128, 16), (129, 65, 130, 33), (17, 200, 40, 100))
+# (M, D, E, R): below one tile, exact tiles, one past them, ranks that are padded, all but D odd.
+SIZES = (
+    (1, 1, 1, 1),
+    (3, 5, 7, 2),
+    (64, 128, 128, 16),
+    (129, 65, 130, 33),
+    (17, 200, 40, 100),
+    (70, 256, 72, 24),
+)
 DROPOUT = 0.3
 
 
@@ -48,6 +55,26 @@ def eager_keep(seed, rows, columns, device):
 
 def dropout_arguments(seed):
     return {"seed": seed, "keep_threshold": masks.keep_threshold(DROPOUT)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off in a process with a GPU")
+class TestAddresses:
+    """conftest's check of what the kernels read and write in the interpreter."""
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_a_read_past_the_end(self, kernels, layout):
+        """q has a row less than p has columns, which the launcher does not look at."""
+        q = matrix(15, 4, torch.float32, "cpu", layout)
+        self.refuses("load", kernels, q, torch.zeros(8, 4))
+
+    def test_a_write_past_the_end(self, kernels):
+        self.refuses("store", kernels, torch.zeros(16, 4), torch.zeros(8, 3))
+
+    @staticmethod
+    def refuses(what, kernels, q, out):
+        config = configs.select_project(80, 8, 8, 4, 4)
+        with pytest.raises(Exception, match=f"{what} of .*, outside every tensor of the launch"):
+            kernels.project(torch.zeros(8, 16), q, config, out=out)
 
 
 class TestProject:
