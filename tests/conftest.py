@@ -34,10 +34,10 @@ if CUDA:
     checking.__enter__()
 
 if not CUDA and importlib.util.find_spec("triton") is not None:
-    from interpreter import check_addresses, repair_bfloat16
+    from interpreter import check_accesses, repair_bfloat16
 
     repair_bfloat16()
-    check_addresses()
+    check_accesses()
 
 
 @pytest.hookimpl(trylast=True)  # after -m and --deselect
@@ -78,5 +78,5 @@ def as_blas_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def poisoned_empty(monkeypatch):
-    """``torch.empty`` returns NaN, so that an element that no kernel writes is seen."""
+    """``torch.empty`` returns NaN (and large integers), so that an element that no kernel writes is seen."""
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))

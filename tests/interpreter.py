@@ -1,15 +1,13 @@
-"""Repairs of Triton's interpreter, and a check of every address that a kernel reads or writes in it.
+"""Repairs of Triton's interpreter, and checks of what a kernel reads and writes in it.
 
 The interpreter keeps bfloat16 as raw 16-bit integers: its ``tl.dot`` multiplies those, and its cast from
 float32 cuts bits off instead of rounding (seen in triton 3.6 to 3.9). Both are put right here; nothing else
 of what the kernels do in bfloat16 is arithmetic.
-
-It also reads past the end of a tensor without complaint, where a GPU may fault. What is read there often has
-no influence on the results, so that they alone do not show it.
 """
 
+import threading
+
 import numpy as np
-import torch
 
 
 def repair_bfloat16() -> None:
@@ -42,47 +40,43 @@ def repair_bfloat16() -> None:
         setattr(InterpreterBuilder, name, cast_impl)
 
 
-def check_addresses() -> None:
-    """Raise IndexError where a kernel reads or writes outside the tensors that it was launched with."""
+def check_accesses() -> None:
+    """Refuse accesses outside the tensors of a launch, and stores that write an element twice.
+
+    The interpreter makes them without complaint. A GPU may fault or race there, but the results need not show
+    that a mask is missing.
+    """
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-    prepare = GridExecutor._init_args_hst
+    call = GridExecutor.__call__
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    starts = ends = np.empty(0, np.uint64)  # of the current launch's tensors, by ascending address
+    launch = threading.local()
 
-    def init_args(self, args, kwargs):
-        nonlocal starts, ends
-        on_host = prepare(self, args, kwargs)
-        given = (*on_host[0], *on_host[1].values())
-        spans = sorted(_span(t) for t in given if isinstance(t, torch.Tensor) and t.numel())
-        starts = np.array([start for start, _ in spans], np.uint64)
-        # Views of one buffer may overlap or contain each other.
-        ends = np.maximum.accumulate(np.array([end for _, end in spans], np.uint64))
-        return on_host
+    def launched(self, *args, **kwargs):
+        tensors = (value for value in (*args, *kwargs.values()) if hasattr(value, "data_ptr"))
+        launch.ranges = [(t.data_ptr(), t.data_ptr() + extent(t)) for t in tensors]
+        return call(self, *args, **kwargs)
 
-    def check(what, pointers, mask):
-        itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
-        if addresses.size:
-            first, last = addresses.min(), addresses.max() + np.uint64(itemsize)
-            within = np.searchsorted(starts, first, side="right") - 1
-            if within < 0 or last > ends[within]:
-                raise IndexError(f"{what} of {first:#x} to {last:#x}, outside every tensor of the launch")
+    def extent(tensor):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
-    def create_masked_load(self, pointers, mask, *others):
-        check("load", pointers, mask)
-        return load(self, pointers, mask, *others)
+    def addresses(pointers, mask):
+        taken = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        size = np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
+        inside = [(taken >= start) & (taken + size <= end) for start, end in launch.ranges]
+        assert np.any(inside, axis=0).all(), "out of bounds: an access outside every tensor of the launch"
+        return taken
 
-    def create_masked_store(self, pointers, value, mask, *others):
-        check("store", pointers, mask)
-        return store(self, pointers, value, mask, *others)
+    def checked_load(self, pointers, mask, *rest):
+        addresses(pointers, mask)
+        return load(self, pointers, mask, *rest)
 
-    GridExecutor._init_args_hst = init_args
-    InterpreterBuilder.create_masked_load = create_masked_load
-    InterpreterBuilder.create_masked_store = create_masked_store
+    def checked_store(self, pointers, value, mask, *rest):
+        taken = addresses(pointers, mask)
+        assert len(np.unique(taken)) == taken.size, "one store writes an element twice"
+        return store(self, pointers, value, mask, *rest)
 
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The address of the tensor's first element and the one after its last."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+    GridExecutor.__call__ = launched
+    InterpreterBuilder.create_masked_load = checked_load
+    InterpreterBuilder.create_masked_store = checked_store

@@ -20,7 +20,7 @@ from cases import (
     saved_for_backward,
     tensors,
 )
-from tolerance import LAYOUTS, errors, lay_out
+from tolerance import LAYOUTS, errors, lay_far_apart, lay_out
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -192,19 +192,10 @@ class TestLayouts:
         assert_matches(differentiate(fused(0.5, path=run.path), case), truth, yardstick)
 
 
-def sparse_buffer(elements, device, folder):
-    """float16 zeros of which only the touched pages exist: a sparse file on a CPU, memory on a GPU."""
-    if device == "cuda":
-        return torch.zeros(elements, dtype=torch.float16, device=device)
-    storage = torch.UntypedStorage.from_file(str(folder / "sparse"), True, 2 * elements)
-    return torch.empty(0, dtype=torch.float16).set_(storage)
-
-
 class TestLargeOffsets:
     @pytest.mark.parametrize("operand", ["x", "weight", "A", "B", "dy"])
     @every_run
     def test_rows_beyond_31_bits(self, run, operand, tmp_path):
-        """The stride fits in 32 bits, its product with the row does not; a wrapped offset reads zeros."""
         if run.path != "triton":
             pytest.skip("the BLAS's own matter")
         case = tensors(3, 3, 3, 3, torch.float16, device=run.device)
@@ -215,14 +206,7 @@ class TestLargeOffsets:
         else:
             case = tensors(20, 18, 17, 3, torch.float16, device=run.device)
         truth, yardstick = exact(case, 0.5), eager_errors(case, 0.5)
-        values = getattr(case, operand)
-        stride = 2**30 + 64
-        assert 2 * stride > 2**31
-        buffer = sparse_buffer(2**32 + 1024, run.device, tmp_path)
-        view = buffer.as_strided(values.shape, (stride, 1), 2**31)
-        for row, value in zip(view, values, strict=True):  # one copy would ask for the whole range
-            row.copy_(value)
-        setattr(case, operand, view)
+        setattr(case, operand, lay_far_apart(getattr(case, operand), tmp_path))
         ours = differentiate(fused(0.5, path=run.path), case, [n for n in NAMES[1:] if n != operand])
         for name in ("y", "x", "A", "B"):
             if name in vars(ours):

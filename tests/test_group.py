@@ -27,7 +27,7 @@ from cases import (
     keep_factors,
     tensors,
 )
-from tolerance import LAYOUTS, assert_as_accurate, errors, lay_out
+from tolerance import LAYOUTS, assert_as_accurate, errors, lay_far_apart, lay_out
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -743,6 +743,19 @@ class TestKernel:
 
     def test_adapter_of_a_wider_dtype(self, kernel_device):
         self.run(kernel_device, torch.bfloat16, 40, (64, 24), 72, 8, adapter=torch.float32)
+
+    @pytest.mark.parametrize("operand", ["p", "q"])
+    def test_rows_and_columns_beyond_31_bits(self, kernel_device, tmp_path, operand):
+        from fastlora.kernels.group import group_dx
+
+        p, q, u, v = (torch.randn(3, 3).half().to(kernel_device) for _ in range(4))
+        if operand == "p":
+            p = lay_far_apart(p, tmp_path)
+        else:
+            q = lay_far_apart(q, tmp_path).t()
+        c = group_dx([p, p], [q, q], u, v, 1.0, configs.select_gemm(80, 3, 3, 3, 2, False))
+        exact = 2 * (p.double() @ q.double()) + u.double() @ v.double()
+        assert_as_accurate(c, p @ q + p @ q + u @ v, exact, "c")
 
     @pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
     @pytest.mark.parametrize("rank", [8, 80])

@@ -339,3 +339,11 @@ def test_what_tma_can_read(strides, offset, readable):
     matrix = torch.zeros(8192, dtype=torch.float16).as_strided((40, 64), strides, offset)
     assert (hopper.why_not(matrix) is None) is readable
     assert hopper.why_not(matrix[:1].float()) is not None
+
+
+def test_tma_reads_one_dtype():
+    from fastlora.kernels import hopper
+
+    matrix = torch.zeros(40, 64, dtype=torch.float16)
+    assert hopper.why_not(matrix, matrix) is None
+    assert "expected one half-precision dtype" in hopper.why_not(matrix, matrix.bfloat16())

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tolerance import LAYOUTS, assert_as_accurate, lay_out
+from tolerance import LAYOUTS, assert_as_accurate, lay_far_apart, lay_out
 
 from fastlora import masks, reference
 from fastlora.kernels import configs
@@ -13,16 +13,18 @@ from fastlora.kernels import configs
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 HALF = (torch.float16, torch.bfloat16)
-# (M, D, E, R): below one tile, exact tiles, one past them, ranks that are padded, all but D odd.
+# (M, D, E, R): below one tile, exact tiles, one past them, ranks that are padded, also after whole steps.
 SIZES = (
     (1, 1, 1, 1),
     (3, 5, 7, 2),
     (64, 128, 128, 16),
     (129, 65, 130, 33),
     (17, 200, 40, 100),
-    (70, 256, 72, 24),
+    (70, 256, 200, 24),
 )
 DROPOUT = 0.3
+# Of views: odd, and in eights (see TestRanksInEights) one way round, so that the other way is not.
+both_sizes = pytest.mark.parametrize(("M", "D", "E", "R"), [(37, 70, 45, 9), (40, 72, 88, 8)])
 
 
 @pytest.fixture
@@ -57,26 +59,6 @@ def dropout_arguments(seed):
     return {"seed": seed, "keep_threshold": masks.keep_threshold(DROPOUT)}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off in a process with a GPU")
-class TestAddresses:
-    """conftest's check of what the kernels read and write in the interpreter."""
-
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_a_read_past_the_end(self, kernels, layout):
-        """q has a row less than p has columns, which the launcher does not look at."""
-        q = matrix(15, 4, torch.float32, "cpu", layout)
-        self.refuses("load", kernels, q, torch.zeros(8, 4))
-
-    def test_a_write_past_the_end(self, kernels):
-        self.refuses("store", kernels, torch.zeros(16, 4), torch.zeros(8, 3))
-
-    @staticmethod
-    def refuses(what, kernels, q, out):
-        config = configs.select_project(80, 8, 8, 4, 4)
-        with pytest.raises(Exception, match=f"{what} of .*, outside every tensor of the launch"):
-            kernels.project(torch.zeros(8, 16), q, config, out=out)
-
-
 class TestProject:
     @pytest.mark.parametrize("block_m", [16, 32, 64])
     @pytest.mark.parametrize("dtype", HALF)
@@ -93,10 +75,11 @@ class TestProject:
 
     @pytest.mark.parametrize("p_layout", LAYOUTS)
     @pytest.mark.parametrize("q_layout", LAYOUTS)
-    def test_reads_only_its_views(self, kernels, kernel_device, p_layout, q_layout):
-        p = matrix(37, 70, torch.float16, kernel_device, p_layout)
-        q = matrix(70, 9, torch.float16, kernel_device, q_layout, 0.1)
-        h = kernels.project(p, q, configs.select_project(capability(kernel_device), 8, 37, 9, 2))
+    @both_sizes
+    def test_reads_only_its_views(self, kernels, kernel_device, M, D, E, R, p_layout, q_layout):
+        p = matrix(M, D, torch.float16, kernel_device, p_layout)
+        q = matrix(D, R, torch.float16, kernel_device, q_layout, 0.1)
+        h = kernels.project(p, q, configs.select_project(capability(kernel_device), 8, M, R, 2))
         assert_as_accurate(h, p @ q, p.double() @ q.double(), "h")
 
     def test_adapter_of_a_wider_dtype(self, kernels, kernel_device):
@@ -116,11 +99,19 @@ class TestProject:
         keep = eager_keep(seed, M, D, kernel_device)
         assert_as_accurate(h, (p * keep.to(dtype)) @ q, (p.double() * keep) @ q.double(), "h")
 
+    def test_every_row_has_a_mask_of_its_own(self, kernels, kernel_device):
+        """Beyond 16 bits too."""
+        M, seed = 2**16 + 64, torch.tensor([3], device=kernel_device)
+        p, q = torch.ones(M, 8, device=kernel_device), torch.eye(8, device=kernel_device)
+        config = dataclasses.replace(configs.select_project(80, 8, M, 8, 4), block_m=512, block_d=16)
+        h = kernels.project(p, q, config, **dropout_arguments(seed))
+        assert torch.equal(h != 0, eager_keep(seed, M, 8, kernel_device) != 0)
+
 
 class TestGemm:
     @staticmethod
     def run(
-        kernels, device, dtype, M, D, E, R, *, layouts=("contiguous",) * 4, bias=True, seed=None, adapter=None
+        kernels, device, dtype, M, D, E, R, *, layouts=("contiguous",) * 5, bias=True, seed=None, adapter=None
     ):
         """Launch once and compare; alpha is no power of two, so that rounding it would show."""
         alpha = 0.7
@@ -128,7 +119,7 @@ class TestGemm:
         q = matrix(D, E, dtype, device, layouts[1], D**-0.5)
         u = matrix(M, R, dtype, device, layouts[2])
         v = matrix(R, E, adapter or dtype, device, layouts[3], R**-0.5)
-        b = matrix(1, E, dtype, device)[0] if bias else None
+        b = matrix(1, E, dtype, device, layouts[4])[0] if bias else None
         dropout = {} if seed is None else dropout_arguments(seed)
         keep = torch.ones(M, E, dtype=torch.float64, device=device)
         scale = alpha
@@ -155,10 +146,11 @@ class TestGemm:
         self.run(kernels, kernel_device, torch.float16, 40, 96, 72, rank)
 
     @pytest.mark.parametrize("layout", LAYOUTS[1:])
-    @pytest.mark.parametrize("operand", range(4))
-    def test_reads_only_its_views(self, kernels, kernel_device, layout, operand):
-        layouts = [layout if index == operand else "contiguous" for index in range(4)]
-        self.run(kernels, kernel_device, torch.float16, 37, 70, 45, 9, layouts=layouts)
+    @pytest.mark.parametrize("operand", range(5))
+    @both_sizes
+    def test_reads_only_its_views(self, kernels, kernel_device, M, D, E, R, layout, operand):
+        layouts = [layout if index == operand else "contiguous" for index in range(5)]
+        self.run(kernels, kernel_device, torch.float16, M, D, E, R, layouts=layouts)
 
     def test_without_bias(self, kernels, kernel_device):
         self.run(kernels, kernel_device, torch.float16, 37, 70, 45, 9, bias=False)
@@ -179,9 +171,11 @@ class TestGemm:
 
 class TestUpdate:
     @staticmethod
-    def run(kernels, device, dtype, M, E, R, *, layouts=("contiguous",) * 2, adapter=None):
+    def run(kernels, device, dtype, M, E, R, *, layouts=("contiguous",) * 2, adapter=None, beyond=0):
+        """``beyond``: how many columns the matrix has that C is a part of, after those of C."""
         alpha, seed = 0.7, torch.tensor([2**61 + 99], device=device)
-        c = matrix(M, E, dtype, device)
+        whole = matrix(M, E + beyond, dtype, device)
+        c, rest = whole[:, :E], whole[:, E:].clone()
         u = matrix(M, R, dtype, device, layouts[0])
         v = matrix(R, E, adapter or dtype, device, layouts[1], R**-0.5)
         keep = eager_keep(seed, M, E, device)
@@ -191,6 +185,7 @@ class TestUpdate:
         result = kernels.add_update(c, u, v, scale, configs.select_update(R), **dropout_arguments(seed))
         assert result is c
         assert_as_accurate(c, eager, exact, "c")
+        assert torch.equal(whole[:, E:], rest)
 
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize(("M", "D", "E", "R"), SIZES)
@@ -199,11 +194,38 @@ class TestUpdate:
 
     @pytest.mark.parametrize("u_layout", LAYOUTS)
     @pytest.mark.parametrize("v_layout", LAYOUTS)
-    def test_reads_only_its_views(self, kernels, kernel_device, u_layout, v_layout):
-        self.run(kernels, kernel_device, torch.float16, 70, 37, 9, layouts=(u_layout, v_layout))
+    @both_sizes
+    def test_reads_only_its_views(self, kernels, kernel_device, M, D, E, R, u_layout, v_layout):
+        self.run(kernels, kernel_device, torch.float16, M, E, R, layouts=(u_layout, v_layout))
+
+    def test_in_a_part_of_a_matrix(self, kernels, kernel_device):
+        self.run(kernels, kernel_device, torch.float16, 70, 37, 9, beyond=6)
 
     def test_adapter_of_a_wider_dtype(self, kernels, kernel_device):
         self.run(kernels, kernel_device, torch.bfloat16, 40, 72, 8, adapter=torch.float32)
+
+
+class TestBeyond31Bits:
+    """Of rows and of a column-major matrix's columns; test_function has the layers' rows."""
+
+    def test_token_sum(self, kernels, kernel_device, tmp_path):
+        p = lay_far_apart(matrix(3, 20, torch.float16, kernel_device), tmp_path).t()
+        u = matrix(20, 4, torch.float16, kernel_device)
+        config = configs.select_token_sum(capability(kernel_device), 8, 20, 3, 4, 2)
+        g = kernels.token_sum(p, u, 1.0, config, torch.float32)
+        assert_as_accurate(g, p.t().float() @ u.float(), p.double().t() @ u.double(), "g")
+
+    @pytest.mark.parametrize("operand", range(3))
+    def test_update(self, kernels, kernel_device, tmp_path, operand):
+        seed = torch.tensor([99], device=kernel_device)
+        parts = [matrix(3, 3, torch.float16, kernel_device) for _ in range(3)]
+        parts[operand] = lay_far_apart(parts[operand], tmp_path)
+        c, u, v = parts[0], parts[1], parts[2].t()
+        keep = eager_keep(seed, 3, 3, kernel_device)
+        exact, eager = c.double() + keep * (u.double() @ v.double()), c + keep.half() * (u @ v)
+        arguments = masks.keep_scale(DROPOUT), configs.select_update(3)
+        kernels.add_update(c, u, v, *arguments, **dropout_arguments(seed))
+        assert_as_accurate(c, eager, exact, "c")
 
 
 class TestRanksInEights:
@@ -284,9 +306,25 @@ class TestTokenSum:
         self.run(kernels, kernel_device, dtype, M, D, R)
 
     @pytest.mark.parametrize("M", [1024, 1025, 1500])
-    def test_token_splits(self, kernels, kernel_device, M):
-        config = self.run(kernels, kernel_device, torch.float16, M, 40, 8, sms=2, out=torch.float32)
+    @pytest.mark.parametrize("seed", [None, 77])
+    def test_token_splits(self, kernels, kernel_device, M, seed):
+        seed = None if seed is None else torch.tensor([seed], device=kernel_device)
+        config = self.run(
+            kernels, kernel_device, torch.float16, M, 40, 8, sms=2, out=torch.float32, seed=seed
+        )
         assert config.splits > 1
+
+    def test_no_split_is_empty(self, kernels, kernel_device, monkeypatch):
+        """Eight splits of whole steps would be longer than all tokens: seven hold them."""
+        from fastlora.kernels import token_sum
+
+        partials, reduce = [], token_sum.reduce_partials
+        monkeypatch.setattr(
+            token_sum, "reduce_partials", lambda p, *rest: partials.append(p) or reduce(p, *rest)
+        )
+        config = self.run(kernels, kernel_device, torch.float16, 2049, 40, 8, sms=8, out=torch.float32)
+        assert config.splits == 8
+        assert [len(partial) for partial in partials] == [7]
 
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize("out", [None, torch.float32])
@@ -295,8 +333,9 @@ class TestTokenSum:
 
     @pytest.mark.parametrize("p_layout", LAYOUTS)
     @pytest.mark.parametrize("u_layout", LAYOUTS)
-    def test_reads_only_its_views(self, kernels, kernel_device, p_layout, u_layout):
-        self.run(kernels, kernel_device, torch.float16, 70, 37, 9, layouts=(p_layout, u_layout))
+    @both_sizes
+    def test_reads_only_its_views(self, kernels, kernel_device, M, D, E, R, p_layout, u_layout):
+        self.run(kernels, kernel_device, torch.float16, M, D, R, layouts=(p_layout, u_layout))
 
     @pytest.mark.parametrize("dtype", HALF)
     def test_dropout_is_the_oracles(self, kernels, kernel_device, dtype):
@@ -352,6 +391,20 @@ def test_training_batches_have_large_tiles():
     for arch in (80, 90):
         config = configs.select_gemm(arch, 8192, 4096, 16, 2, dropout=False)
         assert min(config.block_m, config.block_e) >= 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off in a process with a GPU")
+def test_the_interpreter_checks_accesses(kernels):
+    from fastlora.kernels.token_sum import _reduce_kernel
+
+    partial, g = torch.zeros(8), torch.empty(8)
+    _reduce_kernel[(1,)](partial, g, 8, 1, 1.0, BLOCK=256)
+    assert not g.any()
+    with pytest.raises(Exception, match="out of bounds"):
+        _reduce_kernel[(1,)](partial, g, 9, 1, 1.0, BLOCK=256)
+    p, q = torch.zeros(2, 16), torch.zeros(16, 8)
+    with pytest.raises(Exception, match="writes an element twice"):
+        kernels.project(p, q, configs.select_project(80, 8, 2, 8, 4), out=g.expand(2, 8))
 
 
 class TestKeepMask:

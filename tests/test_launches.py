@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ttgir_emulator
 
 from fastlora.kernels.configs import SHARED_MEMORY
 
@@ -58,6 +60,19 @@ def test_emulation_finds(rows_of, fault):
     errors = worker.communicate()[1]
     assert worker.returncode == 1
     assert message in errors, errors[-4000:]
+
+
+@pytest.mark.parametrize("element", ["f32", "bf16"])
+def test_emulation_knows_tf32(element):
+    types = f"tensor<1x1x{element}, #a> * tensor<1x1x{element}, #b> -> tensor<1x1xf32, #c>"
+    one = np.ones((1, 1), np.float32)
+    for precision, exact in ((", inputPrecision = tf32", element != "f32"), ("", True)):
+        op = ttgir_emulator.Op(["%d"], "tt.dot", f" %a, %b, %c{precision} : {types}")
+        if exact:
+            assert ttgir_emulator.PLAIN["tt.dot"](op, one, one, one) == 2
+        else:
+            with pytest.raises(AssertionError, match="TF32"):
+                ttgir_emulator.PLAIN["tt.dot"](op, one, one, one)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import HALF, assert_matches, differentiate, dtype_id, eager_errors, exact, fused, tensors
-from tolerance import LAYOUTS, assert_as_accurate, lay_out
+from tolerance import LAYOUTS, assert_as_accurate, lay_far_apart, lay_out
 
 import fastlora
 from fastlora import ops, planner
@@ -14,7 +14,8 @@ from fastlora.roofline import ROOFLINES, estimate_small
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-# (M, N, K, R): one element, odd and padded sizes, whole tiles, one past them, several rank blocks' worth.
+# (M, N, K, R): one element, odd and padded sizes, whole tiles, one past them, several rank blocks' worth,
+# padded sizes after whole steps.
 SIZES = (
     (1, 1, 1, 1),
     (3, 7, 5, 2),
@@ -22,6 +23,7 @@ SIZES = (
     (15, 65, 130, 33),
     (1, 40, 200, 100),
     (7, 33, 70, 256),
+    (6, 100, 384, 24),
 )
 ALPHA = 0.7
 
@@ -79,6 +81,12 @@ class TestKernel:
         setattr(case, operand, lay_out(getattr(case, operand), layout))
         check(case, *launch(case))
 
+    @pytest.mark.parametrize("operand", ["x", "weight", "A", "B"])
+    def test_rows_beyond_31_bits(self, kernel_device, operand, tmp_path):
+        case = tensors(3, 3, 20, 3, torch.float16, device=kernel_device)
+        setattr(case, operand, lay_far_apart(getattr(case, operand), tmp_path))
+        check(case, *launch(case))
+
     def test_reads_only_its_bias(self, kernel_device):
         case = tensors(6, 45, 70, 9, torch.float16, device=kernel_device)
         case.bias = lay_out(case.bias.reshape(1, -1), "strided")[0]
@@ -106,6 +114,17 @@ class TestKernel:
         case.A = torch.tensor([[1.0, -1.0, 0.0, 0.0]], device=kernel_device).half().repeat(48, 1)
         y, h = launch(case, alpha=1.0)
         assert torch.equal(y, (h[:, :1].double() - h[:, 1:2].double()).half().expand(16, 48))
+
+    @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+    def test_infinity_stays_infinity(self, kernel_device, value):
+        """Times the zeros that pad the rank it would be NaN."""
+        case = tensors(2, 5, 16, 3, torch.float16, device=kernel_device)
+        for matrix in (case.weight, case.A, case.B):
+            matrix.abs_()
+        case.x[1, 0] = value
+        for result in launch(case):
+            assert result[0].isfinite().all()
+            assert result[1].eq(value).all()
 
     def test_is_deterministic(self, kernel_device):
         case = tensors(16, 130, 300, 16, torch.float16, device=kernel_device)

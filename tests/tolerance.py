@@ -1,5 +1,7 @@
 """The accuracy rule of every test, and tensors laid out to catch wrong addressing."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,13 @@ def assert_as_accurate(actual: Tensor, eager: Tensor, exact: Tensor, name: str =
 
 
 def poisoned(empty):
-    """``torch.empty``, but what it returns is NaN."""
+    """``torch.empty``, but what it returns is NaN, or the largest integer."""
 
     def filled(*args, **kwargs):
         tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
 
     return filled
 
@@ -54,6 +58,24 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     else:
         raise ValueError(f"unknown layout {layout!r}")
     view.copy_(values)
+    return view
+
+
+def lay_far_apart(values: Tensor, folder: Path) -> Tensor:
+    """The same values, (up to 3 rows, columns) of float16, as a view of zeros with rows 2**30 + 64 apart.
+
+    The stride fits in 32 bits, its product with row 2 does not: a wrapped offset reads zeros. On a CPU, of a
+    sparse file in ``folder`` only the touched pages exist.
+    """
+    elements = 2**32 + 1024
+    if values.is_cuda:
+        buffer = values.new_zeros(elements)
+    else:
+        storage = torch.UntypedStorage.from_file(str(folder / "sparse"), True, 2 * elements)
+        buffer = torch.empty(0, dtype=torch.float16).set_(storage)
+    view = buffer.as_strided(values.shape, (2**30 + 64, 1), 2**31)
+    for row, value in zip(view, values, strict=True):  # one copy would ask for the whole range
+        row.copy_(value)
     return view
 
 

@@ -10,8 +10,8 @@ store must stay as they are until these are waited for. Shared memory begins as 
 program take turns in a random order. So do programs that have atomic operations, of which one, two or eight
 run at a time; the others run one after another. If nothing can go on, :class:`Deadlock` is raised. Also
 checked: that every access is within its tensor's storage, that no program writes what another reads or writes
-(unless that is TMA, and a release, an acquire and fences come in between), fences before TMA stores, and what
-the compiler was told of the arguments.
+(unless that is TMA, and a release, an acquire and fences come in between), fences before TMA stores, that no
+product rounds float32 to TF32, and what the compiler was told of the arguments.
 """
 
 import functools
@@ -348,6 +348,18 @@ def _assume(op, condition):
     assert condition, "tl.assume of something false"
 
 
+def _check_precision(op):
+    """Tensor cores round float32 to TF32 unless told not to, and wgmma always does."""
+    element = re.search(r"(?:tensor|memdesc)<(?:\d+x)+(\w+)", op.text).group(1)
+    rounds = op.name == "ttng.warp_group_dot" or re.search(r"inputPrecision = tf32\b", op.text)
+    assert not (element == "f32" and rounds), "a product of float32 is one of TF32"
+
+
+def _dot(op, a, b, c):
+    _check_precision(op)
+    return c + a @ b
+
+
 def _order(op):
     return op.numbers(r"array<i32: ([^>]+)>")
 
@@ -394,7 +406,7 @@ PLAIN: dict[str, Callable] = {
     "tt.join": lambda op, a, b: np.stack([a, b], -1),
     "tt.split": lambda op, a: (a[..., 0], a[..., 1]),
     "tt.addptr": lambda op, pointer, offsets: Pointer(pointer.memory, pointer.places + np.int64(offsets)),
-    "tt.dot": lambda op, a, b, c: c + a @ b,
+    "tt.dot": _dot,
     "tt.ptr_to_int": lambda op, pointer: pointer,
     "ttg.convert_layout": _on_places(lambda op, a: a),
     "ttg.memdesc_trans": lambda op, view: View(view.memory, view.array.transpose(_order(op))),
@@ -640,6 +652,7 @@ class Machine:
             descriptor.write(coordinates, *reading.arrays())
 
     def ttng_warp_group_dot(self, op, partition, a, b, c, accumulates=True):
+        _check_precision(op)
         before = c if isinstance(c, Accumulator) else Accumulator(c)
         if not accumulates:
             before = Accumulator(np.zeros_like(_plain(c)))
