@@ -331,7 +331,14 @@ def test_layer_on_a_gpu(asked_for):
 
 @pytest.mark.parametrize(
     ("strides", "offset", "readable"),
-    [((64, 1), 0, True), ((72, 1), 8, True), ((68, 1), 0, False), ((64, 1), 4, False), ((0, 1), 0, False)],
+    [
+        ((64, 1), 0, True),
+        ((72, 1), 8, True),
+        ((68, 1), 0, False),
+        ((64, 1), 4, False),
+        ((0, 1), 0, False),
+        ((128, 2), 0, False),
+    ],
 )
 def test_what_tma_can_read(strides, offset, readable):
     from fastlora.kernels import hopper

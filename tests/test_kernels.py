@@ -22,7 +22,7 @@ SIZES = (
     (17, 200, 40, 100),
     (70, 256, 200, 24),
 )
-DROPOUT = 0.3
+DROPOUT = 0.4  # not 0.3: alpha / (1 - p) would be 1
 # Of views: odd, and in eights (see TestRanksInEights) one way round, so that the other way is not.
 both_sizes = pytest.mark.parametrize(("M", "D", "E", "R"), [(37, 70, 45, 9), (40, 72, 88, 8)])
 
@@ -385,6 +385,9 @@ def test_unlisted_architecture_borrows_an_older_one():
     assert configs.nearest_capability(87) == 86
     assert configs.nearest_capability(103) == 100
     assert configs.nearest_capability(121) == 120
+    assert configs.select_backward(87, 16, 8192, 4096, 16, 2) == configs.select_backward(
+        86, 16, 8192, 4096, 16, 2
+    )
 
 
 def test_training_batches_have_large_tiles():
