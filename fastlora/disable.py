@@ -43,6 +43,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     - For saved modules, ``state_dict`` warns that it holds original values and ``load_state_dict`` raises
       ValueError. ``model.zero_grad()`` does not reach the gradients of their trained values, an optimizer's
       ``zero_grad`` does.
+    - Of a saved module's buffers, the persistent ones have their original values; the others, caches by
+      convention, stay as they are.
     - A merged layer has its unmerged weight inside the block (the original up to rounding).
     - For a model sharded by FSDP2, pass the whole model, not a part of it; its saved modules and merged
       layers refuse a forward pass that records gradients.

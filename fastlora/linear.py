@@ -240,14 +240,18 @@ class FusedLoRALinear(nn.Linear):
         """Raise ValueError if, with new values of A and B, unmerge() would restore a wrong weight."""
         if self.merged:
             raise ValueError(f"{method}: the layer is merged: call unmerge() first")
-        if not self.adapter_enabled:  # A merged layer temporarily holds its unmerged weight.
-            raise ValueError(f"{method}: the adapter is disabled: leave disable_adapter first")
+        self._check_enabled(method)
         computed = [name for name in ("A", "B") if name not in self._parameters]
         if computed:
             raise ValueError(
                 f"{method}: a parametrization or hook computes {', '.join(computed)}, which would undo the "
                 "reset: remove it first"
             )
+
+    def _check_enabled(self, method: str) -> None:
+        """Raise ValueError inside ``disable_adapter``, where a merged layer has its unmerged weight."""
+        if not self.adapter_enabled:
+            raise ValueError(f"{method}: the adapter is disabled; leave disable_adapter first")
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features) -> (..., out_features); see :func:`fastlora.lora_linear` for errors.
@@ -409,8 +413,7 @@ class FusedLoRALinear(nn.Linear):
         """
         if self.merged:
             return
-        if not self.adapter_enabled:
-            raise ValueError("merge: the adapter is disabled; leave disable_adapter first")
+        self._check_enabled("merge")
         if self._weight_shared_with:
             raise ValueError(
                 f"merge: the weight {tuple(self.weight.shape)} is shared with "
@@ -446,8 +449,10 @@ class FusedLoRALinear(nn.Linear):
 
         Raises:
             ValueError: the weight with the update is not finite; values on the meta device; a hook computes A
-                or B (pruning); the layer's forward is replaced (accelerate's hooks).
+                or B (pruning); the layer's forward is replaced (accelerate's hooks); inside
+                ``disable_adapter``.
         """
+        self._check_enabled("to_linear")
         weight = (
             self.weight
             if self.merged

@@ -572,8 +572,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of what training changes: A and B of every adapted layer, and the modules to save.
 
     The names are those of ``model.state_dict()``. As there, anything that is not a tensor is in the
-    dictionary's ``_metadata`` attribute: each layer's ``alpha``. Copying, pickling and ``torch.save`` keep
-    it; a new dictionary of the same tensors lacks it. ``dropout``, used only in training, is not included.
+    dictionary's ``_metadata`` attribute: each layer's ``alpha``. The copy module, pickling and ``torch.save``
+    keep it; a new dictionary of the same tensors, such as ``.copy()`` makes, lacks it. ``dropout``, used only
+    in training, is not included.
 
     Args:
         model: with at least one adapted layer.

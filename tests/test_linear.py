@@ -216,7 +216,7 @@ class TestInitialisation:
         for name, before in layer_values.items():
             assert torch.equal(getattr(layer, name), before), name
 
-    @pytest.mark.parametrize("method", ["reset_parameters", "reset_lora_parameters"])
+    @pytest.mark.parametrize("method", ["reset_parameters", "reset_lora_parameters", "to_linear"])
     def test_refused_while_disabled(self, method):
         """A merged layer holds the unmerged weight there, to be merged again with the same A and B."""
         model = nn.Sequential(random_layer())

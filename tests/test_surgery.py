@@ -923,13 +923,6 @@ class TestDisableAdapter:
             assert torch.equal(each(ids()), y)
         assert not torch.equal(model(ids()), y)
 
-    def test_plain_linear_made_inside(self):
-        model = trained(fastlora.apply_lora(Small(), ["q"]))
-        layer = model.layers[0].q
-        layer.merge()
-        with fastlora.disable_adapter(model):
-            assert list(dict(layer.to_linear().named_buffers())) == []
-
     def test_blocks_overlap(self):
         """The first to enter leaves first, as two threads or tasks may: the last one ends it."""
         model = Small().eval()
