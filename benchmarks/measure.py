@@ -28,6 +28,7 @@ from timing import (
     saved_bytes,
 )
 
+from fastlora.checks import dtype_name
 from fastlora.device import sums_in_float32
 from fastlora.tune import in_turn, input_sets
 
@@ -139,7 +140,7 @@ def base_row(shape: AnyShape, plan: Plan) -> Row:
         N=shape.N,
         K=shape.K,
         R=shape.R,
-        dtype=str(plan.dtype).removeprefix("torch."),
+        dtype=dtype_name(plan.dtype),
         bias=plan.bias,
         dropout=plan.dropout,
         mode="",

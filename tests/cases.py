@@ -9,6 +9,7 @@ from tolerance import FACTOR, FLOOR, errors
 from torch import Tensor
 
 import fastlora
+from fastlora.checks import dtype_name
 
 # The products are tiny: on a busy machine a second thread costs a hundred times what it saves.
 torch.set_num_threads(1)
@@ -25,9 +26,7 @@ DTYPES = (
 
 
 def dtype_id(dtypes) -> str:
-    if isinstance(dtypes, torch.dtype):
-        return str(dtypes).removeprefix("torch.")
-    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return dtype_name(dtypes) if isinstance(dtypes, torch.dtype) else "-".join(map(dtype_name, dtypes))
 
 
 def _run(device, path, **kwargs):

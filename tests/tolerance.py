@@ -67,13 +67,14 @@ def lay_far_apart(values: Tensor, folder: Path) -> Tensor:
     The stride fits in 32 bits, its product with row 2 does not: a wrapped offset reads zeros. On a CPU, of a
     sparse file in ``folder`` only the touched pages exist.
     """
-    elements = 2**32 + 1024
+    stride, elements = 2**30 + 64, 2**32 + 1024
+    assert 2 * stride > 2**31
     if values.is_cuda:
         buffer = values.new_zeros(elements)
     else:
         storage = torch.UntypedStorage.from_file(str(folder / "sparse"), True, 2 * elements)
         buffer = torch.empty(0, dtype=torch.float16).set_(storage)
-    view = buffer.as_strided(values.shape, (2**30 + 64, 1), 2**31)
+    view = buffer.as_strided(values.shape, (stride, 1), 2**31)
     for row, value in zip(view, values, strict=True):  # one copy would ask for the whole range
         row.copy_(value)
     return view
