@@ -40,30 +40,14 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 9
-        # Compiled backward passes are traced with grad mode on; PyTorch itself refuses to differentiate them.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "lora_linear: second derivatives (create_graph=True) are not implemented by the fused layer; "
-                "fastlora.reference.lora_linear computes the same formula in PyTorch and has them"
-            )
         x, weight, A, B, h, seed = ctx.saved_tensors
         need_dx, _, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:5]
-        dx, dA, dB, dbias = ops.lora_backward(
-            dy,
-            x,
-            weight,
-            A,
-            B,
-            h,
-            ctx.alpha,
-            ctx.dropout,
-            seed,
-            need_dx,
-            need_dA,
-            need_dB,
-            need_dbias,
-            ctx.mode,
-        )
+        needed = need_dx, need_dA, need_dB, need_dbias
+        arguments = dy, x, weight, A, B, h, ctx.alpha, ctx.dropout, seed, *needed
+        if creates_graph():
+            dx, dA, dB, dbias = ops.recorded_backward(*arguments)
+        else:
+            dx, dA, dB, dbias = ops.lora_backward(*arguments, ctx.mode)
         return (
             dx if need_dx else None,
             None,
@@ -75,6 +59,12 @@ class _LoRALinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+def creates_graph() -> bool:
+    """Whether the running backward pass is to be differentiated in turn (``create_graph=True``)."""
+    # Compiled backward passes are traced with grad mode on; PyTorch itself refuses to differentiate them.
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def quick_apply(function: Any) -> Callable[..., Any]:
@@ -281,7 +271,8 @@ def lora_linear(
     """``F.linear`` with a LoRA update: y = x @ weight.T + alpha * (drop(x) @ B.T) @ A.T + bias.
 
     Gradients flow to x, A, B and bias; ``weight`` is frozen. Besides x, M * R elements are kept for backward
-    (under autocast also what it casts: the adapters and, where x needs a gradient, the weight).
+    (under autocast also what it casts: the adapters and, where x needs a gradient, the weight). With
+    ``create_graph=True``, backward runs in PyTorch's own operations, and has derivatives of any order.
     The formula is that of Hu et al. (2021), section 4.1, with the names A and B swapped and ``alpha`` in
     place of their alpha / r; see :mod:`fastlora.reference`.
 
@@ -306,7 +297,8 @@ def lora_linear(
             gradient (outside torch.func's transforms), a non-finite alpha, a dropout outside [0, 1] or NaN,
             an invalid seed.
         TypeError: an argument that is not a tensor or number where one is expected.
-        RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
+        RuntimeError: ``use_path("triton")`` where it cannot run. In a backward pass with
+            ``create_graph=True``: x and A need gradients but B does not, as x is then not kept.
     """
     alpha = as_number(alpha)
     check_arguments(x, weight, A, B, alpha, bias, dropout, seed)

@@ -24,6 +24,7 @@ from fastlora.function import (
     autocast_on,
     check_arguments,
     compute_dtype,
+    creates_graph,
     lora_linear,
     needs_plain_operations,
     quick_apply,
@@ -78,12 +79,8 @@ class _LoRALinearGroup(torch.autograd.Function):
         n = len(dys)
         if all(dy is None for dy in dys):
             return (None,) * (5 + 4 * n)
-        # Compiled backward passes are traced with grad mode on; PyTorch itself refuses to differentiate them.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "lora_linear_group: second derivatives (create_graph=True) are not implemented by the fused "
-                "layers; fastlora.reference.lora_linear_group computes the same in PyTorch and has them"
-            )
+        if creates_graph():
+            return _recorded_gradients(ctx, dys)
         x, h, seed, *tensors = ctx.saved_tensors
         weights, As, Bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         need_dx = ctx.needs_input_grad[0]
@@ -114,6 +111,32 @@ class _LoRALinearGroup(torch.autograd.Function):
         dAs = [g if used[i] and need_dA[i] else None for i, g in enumerate(others[:n])]
         dbiases = [g if used[i] and need_dbias[i] else None for i, g in enumerate(others[n:])]
         return dx if need_dx else None, None, None, None, None, *[None] * n, *dAs, *dBs, *dbiases
+
+
+def _recorded_gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What ``_LoRALinearGroup.backward`` returns, branch by branch in operations that autograd records."""
+    n = len(dys)
+    # x is kept if any branch needs dB; dA of the others depends on it too.
+    x, h, seed, *tensors = ctx.saved_tensors
+    weights, As, Bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+    hs = [None] * n if h is None else h.split([B.shape[0] for B in Bs], 1)
+    need_dx = ctx.needs_input_grad[0]
+    _, *needs = _by_kind(ctx.needs_input_grad[5:])
+    dx = None
+    gradients: list[list] = [[None] * n for _ in needs]
+    for i, dy in enumerate(dys):
+        if dy is None:
+            continue
+        needed = [need[i] for need in needs]
+        operands = dy, x, weights[i], As[i], Bs[i], hs[i], ctx.alphas[i], ctx.dropout, seed
+        results: tuple[Any, ...] = ops.recorded_backward(*operands, need_dx, *needed)
+        part, *own = results
+        for kind, gradient in zip(gradients, own, strict=True):
+            kind[i] = gradient
+        if need_dx:
+            dx = part if dx is None else dx + part
+    dAs, dBs, dbiases = gradients
+    return dx, None, None, None, None, *[None] * n, *dAs, *dBs, *dbiases
 
 
 _apply = quick_apply(_LoRALinearGroup)
@@ -206,7 +229,7 @@ def lora_linear_group(
         ValueError: sequences that are empty or differ in length, and anything ``lora_linear`` rejects, with
             the number of the branch.
         TypeError: an argument that is not a sequence, or an entry that is not a tensor or number.
-        RuntimeError: a second derivative, in the backward pass; ``use_path("triton")`` where it cannot run.
+        RuntimeError: as ``lora_linear``.
     """
     given: dict[str, object] = {"weights": weights, "As": As, "Bs": Bs, "alphas": alphas}
     if biases is not None:

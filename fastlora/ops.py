@@ -134,6 +134,9 @@ def _aligned(p: Tensor) -> Tensor:
     return p if fast or p.shape[1] % ALIGNED else p.clone(memory_format=torch.contiguous_format)
 
 
+_IN_PYTORCH = Step("project", "reference", None, "derivatives of the gradients")
+
+
 def run_project(step: Step, p: Tensor, q: Tensor, drop: Dropout | None = None) -> Tensor:
     """drop(p): (M, D) @ q: (D, R) -> (M, R) in p's dtype."""
     if step.path == "triton":
@@ -554,7 +557,8 @@ def _backward(
             x_2d = x if flat or x is None else x.reshape(M, K)
             dx, dA, dB = addmm_backward(dy_2d, x_2d, weight, A, B, h, alpha, drop, need_dx, need_dA, need_dB)
             return dx if flat or dx is None else dx.reshape(*dy.shape[:-1], K), dA, dB, dbias
-        if not (M and N and K):  # Nothing to sum: no kernel takes an empty tile.
+        # Nothing to sum: no kernel takes an empty tile. PyTorch's operations do.
+        if mode != "reference" and not (M and N and K):
             dx = dy.new_zeros((*dy.shape[:-1], K)) if need_dx else None
             dA = A.new_zeros(A.shape) if need_dA else None
             dB = B.new_zeros(B.shape) if need_dB else None
@@ -574,6 +578,39 @@ def _backward(
             x_2d = _for_kernels(x if flat else x.reshape(M, K), mode)
             dB = run_token_sum(plan.dB, x_2d, g, alpha, B.dtype, transposed=True, drop=drop)
     return dx, dA, dB, dbias
+
+
+def recorded_backward(
+    dy: Tensor,
+    x: Any,
+    weight: Any,
+    A: Tensor,
+    B: Tensor,
+    h: Any,
+    alpha: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    need_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`_backward` in operations that autograd records, for derivatives of the gradients.
+
+    Raises RuntimeError if dA depends on an x that was not kept.
+    """
+    if need_dA and x is not None:
+        # The h that was kept is a constant for autograd.
+        M, K = _rows(x), B.shape[1]
+        with _scope(x):
+            h = run_project(_IN_PYTORCH, x.reshape(M, K), B.t(), make_dropout(dropout, seed, M, K))
+    elif need_dA and need_dx:
+        raise RuntimeError(
+            "create_graph=True for a LoRA layer with a trained A and a frozen B: dA depends on x, which is "
+            "kept for backward only if B needs a gradient; fastlora.reference.lora_linear keeps it"
+        )
+    needed = need_dx, need_dA, need_dB, need_dbias
+    return _backward(dy, x, weight, A, B, h, alpha, dropout, seed, *needed, "reference")
 
 
 def _lora_backward(dy: Tensor, *arguments) -> tuple[Tensor, ...]:

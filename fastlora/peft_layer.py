@@ -32,8 +32,8 @@ class FusedLinear(LoraLinear):
 
     Outputs, dtypes and gradients are those of PEFT's own forward, which still runs wherever the fused form
     would give others. In training, the dropout mask differs but has the same distribution, with its seed from
-    torch's generator; small inputs on a CPU get PEFT's own mask. Second derivatives raise a RuntimeError;
-    after ``fastlora.unfuse_peft`` they work.
+    torch's generator; small inputs on a CPU get PEFT's own mask. Second derivatives raise a RuntimeError
+    if lora_B is trained but lora_A is frozen; after ``fastlora.unfuse_peft`` they work.
     """
 
     # Why the last call ran PEFT's own forward; "" if it was fused, None before the first call.

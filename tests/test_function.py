@@ -1,6 +1,7 @@
 """``fastlora.lora_linear`` on every path: values, gradients, layouts, dropout, autocast, memory, errors."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cases import (
     differentiate,
     dtype_id,
     eager,
+    eager_autocast,
     eager_errors,
     every_run,
     exact,
@@ -717,37 +719,151 @@ class TestAutocast:
         assert scaler.get_scale() < 1024.0
 
 
-SECOND = r"twice|second|double|create_graph|once_differentiable"
+def second_derivatives(function, case, wanted=("x", "A", "B", "bias")):
+    """The gradients of ``wanted``, and those of their products with fixed directions, by name."""
+    leaves = {name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}
+    leaves |= {name: leaves[name].detach().requires_grad_() for name in wanted}
+    dy = case.dy.detach().requires_grad_()
+    grads = torch.autograd.grad(function(**leaves), [leaves[name] for name in wanted], dy, create_graph=True)
+    generator = torch.Generator().manual_seed(0)
+    along = [torch.randn(g.shape, dtype=torch.float64, generator=generator).to(g.device) for g in grads]
+    total = sum((g.double() * direction).sum() for g, direction in zip(grads, along, strict=True))
+    of = {**{name: leaves[name] for name in wanted}, "dy": dy}
+    second = torch.autograd.grad(total, list(of.values()), allow_unused=True, materialize_grads=True)
+    first = {f"d{name}": g.detach() for name, g in zip(wanted, grads, strict=True)}
+    return first | {f"d2{name}": g for name, g in zip(of, second, strict=True)}
+
+
+def in_float64(case):
+    wide = {name: value.double() for name, value in vars(case).items() if isinstance(value, torch.Tensor)}
+    return SimpleNamespace(**wide)
+
+
+def assert_second_derivatives(function, case, keep=None, wanted=("x", "A", "B", "bias")):
+    """As cases.assert_matches with cases.eager_errors, for the first and second derivatives."""
+    forms = [eager(1.7, keep)]
+    if case.A.dtype != case.x.dtype:
+        forms.append(eager_autocast(case.x.dtype, 1.7, keep))
+    truth = second_derivatives(forms[0], in_float64(case), wanted)
+    worst = dict.fromkeys(truth, (0.0, 0.0))
+    for draw in (case, *(case.redraw() for _ in range(4))):
+        exact_ = second_derivatives(forms[0], in_float64(draw), wanted)
+        for form in forms:
+            for name, value in second_derivatives(form, draw, wanted).items():
+                worst[name] = tuple(map(max, errors(value, exact_[name]), worst[name]))
+    ours = second_derivatives(function, case, wanted)
+    assert_matches(SimpleNamespace(**ours), SimpleNamespace(**truth), worst)
 
 
 class TestSecondDerivative:
     @every_run
-    @pytest.mark.parametrize("leaf", ["x", "A", "B", "bias"])
-    def test_create_graph_raises(self, run, leaf):
-        """dy depends on nothing here: only the grad mode in backward tells that a graph is wanted."""
-        case = tensors(9, 24, 40, 4, device=run.device)
-        setattr(case, leaf, getattr(case, leaf).detach().requires_grad_())
-        y = fused(1.7, path=run.path)(case.x, case.weight, case.A, case.B, case.bias)
-        with pytest.raises(RuntimeError, match=SECOND):
-            torch.autograd.grad(y.sum(), getattr(case, leaf), create_graph=True)
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("dropout", [0.0, 0.4])
+    def test_against_float64(self, run, dtypes, dropout):
+        case = tensors((5, 13), 24, 40, 4, *dtypes, device=run.device)
+        seed = torch.tensor([3], device=run.device) if dropout else None
+        keep = keep_factors(seed, case, dropout) if dropout else None
+        assert_second_derivatives(fused(1.7, dropout, seed, run.path), case, keep)
 
     @every_run
-    def test_gradient_penalty_raises(self, run):
-        case = tensors(9, 24, 40, 4, device=run.device)
-        x, A, B = (t.detach().requires_grad_() for t in (case.x, case.A, case.B))
-        y = fused(1.7, path=run.path)(x, case.weight, A, B, case.bias)
-        with pytest.raises(RuntimeError, match=SECOND):
-            torch.autograd.grad(y.square().sum(), x, create_graph=True)[0].square().sum().backward()
+    @pytest.mark.parametrize(
+        "wanted", [("x",), ("A",), ("B",), ("bias",), ("A", "B"), ("x", "B")], ids="+".join
+    )
+    def test_only_what_is_asked(self, run, wanted):
+        case = tensors((5, 13), 24, 40, 4, torch.float16, device=run.device)
+        assert_second_derivatives(fused(1.7, path=run.path), case, wanted=wanted)
 
     @every_run
-    @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-    def test_backward_with_create_graph_raises(self, run):
-        case = tensors(9, 24, 40, 4, device=run.device)
-        A = case.A.detach().requires_grad_()
-        y = fused(1.7, path=run.path)(case.x, case.weight, A, case.B, case.bias)
-        with pytest.raises(RuntimeError, match=SECOND):
-            y.sum().backward(create_graph=True)
+    @pytest.mark.parametrize(("lead", "N", "K"), [((), 24, 40), ((0,), 24, 40), (9, 0, 40), (9, 24, 0)])
+    @pytest.mark.parametrize("dropout", [0.0, 0.4])
+    def test_one_token_and_empty_shapes(self, run, lead, N, K, dropout):
+        case = tensors(lead, 24, 40, 4, torch.float16, device=run.device)
+        case.x, case.dy, case.bias = case.x[..., :K], case.dy[..., :N], case.bias[:N]
+        case.weight, case.A, case.B = case.weight[:N, :K], case.A[:N], case.B[:, :K]
+        case.redraw = lambda: tensors(lead, N, K, 4, torch.float16, device=run.device) if N and K else case
+        seed = torch.tensor([3], device=run.device) if dropout else None
+        keep = None
+        if dropout:
+            rows = case.x.shape[:-1].numel()
+            keep = reference.keep_mask(seed, rows, K, dropout) / (1 - dropout)
+        assert_second_derivatives(fused(1.7, dropout, seed, run.path), case, keep)
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.4])
+    def test_by_differences(self, dropout):
+        """Third derivatives too: the second ones are PyTorch's own."""
+        case = in_float64(tensors(3, 4, 5, 2))
+        x, A, B, bias = (t.requires_grad_() for t in (case.x, case.A, case.B, case.bias))
+
+        def first(x, A, B, bias):
+            y = fused(1.7, dropout, torch.tensor([3]))(x, case.weight, A, B, bias)
+            return torch.autograd.grad(y.square().sum(), (x, A, B), create_graph=True)
+
+        assert torch.autograd.gradcheck(first, (x, A, B, bias))
+        assert torch.autograd.gradgradcheck(first, (x, A, B, bias))
+
+    @every_run
+    def test_backward_with_the_mask_of_a_small_call(self, run):
+        """Without a seed, a small call on a CPU keeps the mask itself."""
+        case = tensors(9, 24, 40, 4, torch.float16, device=run.device)
+        layer = fastlora.FusedLoRALinear(
+            40, 24, 4, alpha=1.7, dropout=0.4, device=run.device, dtype=torch.float16
+        )
+        layer.A.data.normal_()
+        x = case.x.requires_grad_()
+        with fastlora.use_path(run.path):
+            y = layer(x)
+        (dx,) = torch.autograd.grad(y, x, case.dy, create_graph=True)
+        (again,) = torch.autograd.grad(y, x, case.dy, retain_graph=True)
+        torch.testing.assert_close(dx, again, rtol=0.01, atol=0.01)
+        along = torch.randn_like(x)
+        dA, dB = torch.autograd.grad(dx, (layer.A, layer.B), along)
+        # dx is linear in either adapter.
+        update = ((dx.double() - case.dy.double() @ layer.weight.double()) * along.double()).sum()
+        for gradient, adapter in ((dA, layer.A), (dB, layer.B)):
+            found = (gradient.double() * adapter.double()).sum()
+            torch.testing.assert_close(found, update, rtol=0.01, atol=0.1)
+
+    @every_run
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_autocast(self, run, inside):
+        """Autocast is off in backward, even if backward is called under it."""
+        case = tensors((5, 13), 24, 40, 4, device=run.device)
+        results = []
+        for form in (fused(1.7, path=run.path), eager(1.7)):
+            x, A, B = (t.detach().requires_grad_() for t in (case.x, case.A, case.B))
+            with torch.autocast(run.device, torch.bfloat16):
+                y = form(x, case.weight, A, B, case.bias)
+            with torch.autocast(run.device, torch.bfloat16, enabled=inside):
+                (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+            assert dx.dtype == torch.float32
+            results.append(torch.autograd.grad(dx.square().sum(), (x, A, B)))
+        for ours, theirs in zip(*results, strict=True):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.02 * theirs.abs().max().item())
+
+    @every_run
+    def test_checkpoint(self, run):
+        case = tensors((5, 13), 24, 40, 4, torch.float16, device=run.device)
+        function = fused(1.7, 0.4, torch.tensor([3], device=run.device), run.path)
+
+        def checkpointed(x, weight, A, B, bias):
+            return checkpoint(function, x, weight, A, B, bias, use_reentrant=False)
+
+        ours, plain = (second_derivatives(form, case) for form in (checkpointed, function))
+        for name, value in plain.items():
+            torch.testing.assert_close(ours[name], value)
+
+    @every_run
+    def test_frozen_B(self, run):
+        """dA depends on x, which is then not kept; where x needs no gradient, h is a constant."""
+        case = tensors(9, 24, 40, 4, torch.float16, device=run.device)
+        assert_second_derivatives(fused(1.7, path=run.path), case, wanted=("A", "bias"))
+        x, A = (t.detach().requires_grad_() for t in (case.x, case.A))
+        y = fused(1.7, path=run.path)(x, case.weight, A, case.B, case.bias)
+        with pytest.raises(RuntimeError, match=r"create_graph=True.*frozen B"):
+            torch.autograd.grad(y.sum(), A, create_graph=True)
         assert A.grad is None
+        torch.autograd.grad(y.sum(), A)
 
 
 class TestUsePath:

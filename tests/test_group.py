@@ -503,12 +503,67 @@ class TestErrors:
         with pytest.raises(TypeError, match="branch 1: B must be a tensor, got NoneType"):
             lora_linear_group(**arguments)
 
-    def test_second_derivative(self):
-        problem, arguments = self.arguments()
-        arguments["x"] = problem.x.requires_grad_()
-        y = lora_linear_group(**arguments)[0]
-        with pytest.raises(RuntimeError, match="second derivatives"):
-            torch.autograd.grad(y.square().sum(), problem.x, create_graph=True)
+
+def second_derivatives(function, problem, unused=()):
+    """The gradients of all leaves, and those of a sum of their squares, by name; the base is frozen.
+
+    ``unused``: branches whose output goes nowhere.
+    """
+    x, *dys = (t.detach().requires_grad_() for t in (problem.x, *(case.dy for case in problem.cases)))
+    lists = {
+        name: [
+            None if (t := getattr(case, name)) is None else t.detach().requires_grad_(name != "weight")
+            for case in problem.cases
+        ]
+        for name in ("weight", *KINDS)
+    }
+    used = [i for i in range(len(dys)) if i not in unused]
+    leaves = {"x": x} | {f"{k}{i}": lists[k][i] for k in KINDS for i in used if lists[k][i] is not None}
+    ys = function(x, *lists.values())
+    grads = torch.autograd.grad(
+        [ys[i] for i in used], list(leaves.values()), [dys[i] for i in used], create_graph=True
+    )
+    total = 1e-3 * sum(g.double().square().sum() for g in grads)
+    of = leaves | {f"dy{i}": dys[i] for i in used}
+    second = torch.autograd.grad(total, list(of.values()), allow_unused=True, materialize_grads=True)
+    return {f"d{name}": g.detach() for name, g in zip(leaves, grads, strict=True)} | {
+        f"d2{name}": g for name, g in zip(of, second, strict=True)
+    }
+
+
+class TestSecondDerivative:
+    @every_run
+    @pytest.mark.parametrize("unused", [(), (1,), (0, 2)])
+    @pytest.mark.parametrize("dropout", [0.0, 0.4])
+    def test_as_of_separate_layers(self, run, unused, dropout):
+        problem = group((5, 13), 40, QKV, torch.float16, device=run.device)
+        seed = torch.tensor([3], device=run.device) if dropout else None
+        keep = keep_factors(seed, problem.cases[0], dropout) if dropout else None
+        ours = second_derivatives(grouped(problem.alphas, dropout, seed, run.path), problem, unused)
+        theirs = second_derivatives(apart([eager(a, keep) for a in problem.alphas]), problem, unused)
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=0.02, atol=0.01 * value.abs().max().item())
+
+    @every_run
+    def test_frozen_Bs(self, run):
+        """One trained B keeps x, on which every dA depends; without any, the error of a single layer."""
+        problem = group((5, 13), 40, QKV, torch.float16, device=run.device)
+        results = []
+        for form in (grouped(problem.alphas, path=run.path), apart([eager(a) for a in problem.alphas])):
+            x, B = (t.detach().requires_grad_() for t in (problem.x, problem.cases[1].B))
+            As = [case.A.detach().requires_grad_() for case in problem.cases]
+            Bs = [problem.cases[0].B, B, problem.cases[2].B]
+            weights, biases = ([getattr(case, name) for case in problem.cases] for name in ("weight", "bias"))
+            loss = 1e-2 * sum(y.double().square().sum() for y in form(x, weights, As, Bs, biases))
+            first = torch.autograd.grad(loss, (x, *As, B), create_graph=True)
+            penalty = 1e-2 * sum(g.double().square().sum() for g in first)
+            results.append(torch.autograd.grad(penalty, (x, *As, B)))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.01 * theirs.abs().max().item())
+        Bs = [case.B for case in problem.cases]
+        y = grouped(problem.alphas, path=run.path)(x, weights, As, Bs, biases)[0]
+        with pytest.raises(RuntimeError, match=r"create_graph=True.*frozen B"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 forward_operator = torch.ops.fastlora.group_forward.default

@@ -413,6 +413,22 @@ def test_what_peft_changes_later_counts(change, tmp_path):
     assert closing(fast) == f"fused {2 - fallen}, fell back {fallen}" + (f": {reason}" if reason else "")
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_gradient_penalty(dropout):
+    """Second derivatives, of PEFT's default adapters."""
+    results = []
+    for model in nets(lora_dropout=dropout):
+        torch.manual_seed(0)
+        x = inputs().requires_grad_()
+        y = model(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (dx.norm(dim=-1) - 1).square().sum().backward()
+        results.append((dx.detach(), x.grad, {n: p.grad for n, p in model.named_parameters()}))
+    assert results[0][2]["base_model.model.first.lora_A.default.weight"].any()
+    close(results[1], results[0])
+    assert closing(model) == "fused 2, fell back 0"
+
+
 def test_disable_adapter_is_a_block():
     stock, fast = nets()
     with stock.disable_adapter(), fast.disable_adapter():
