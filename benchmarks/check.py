@@ -84,7 +84,7 @@ class Checker:
         """
         exact = self._references[not layer.adapters]
         bounds = self.bounds(adapter_dtype or self._problem.dtype)
-        _poison_free_memory(self._problem)
+        poison_free_memory(self._problem.device, self._problem.elements)
         actual = outputs(layer, self._problem)
         if actual.keys() != exact.keys():
             return [f"outputs {', '.join(actual)}, expected {', '.join(exact)}"]
@@ -110,14 +110,13 @@ def _exceeded(name: str, actual: Tensor, exact: Tensor, bound: Error) -> list[st
     ]
 
 
-def _poison_free_memory(problem: AnyProblem) -> None:
-    """Fill with NaN the device memory from which the next outputs are allocated.
+def poison_free_memory(device: torch.device, elements: int) -> None:
+    """Fill with NaN the device memory from which outputs of up to ``elements`` are allocated next.
 
     This exposes elements that no kernel writes. The CPU's allocator cannot be steered this way.
     """
-    if problem.device.type != "cuda":
+    if device.type != "cuda":
         return
     torch.cuda.empty_cache()
-    floats = 2 * problem.elements + 2**20
-    poison = torch.full((floats,), float("nan"), device=problem.device, dtype=torch.float32)
+    poison = torch.full((2 * elements + 2**20,), float("nan"), device=device, dtype=torch.float32)
     del poison

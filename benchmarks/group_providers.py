@@ -89,7 +89,8 @@ class GroupProblem:
         if name == SEPARATE:
             return "/".join(dict.fromkeys(branch.path(name, adapter_dtype) for branch in self.branches))
         s = self.shape
-        whole = Planned(describe(self.device), self.dtype, s.M, s.N, s.K, s.R * len(s.widths))
+        sizes = s.M, s.N, s.K, s.R * len(s.widths)
+        whole = Planned(describe(self.device), self.dtype, *sizes, adapter_dtype=adapter_dtype)
         plan = make_group_plan(whole, s.widths, (s.R,) * len(s.widths))
         y = "/".join(dict.fromkeys(branch.y.path for branch in plan.branches))
         return y if y == plan.dx.path else f"y {y}, dx {plan.dx.path}"

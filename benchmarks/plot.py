@@ -1,4 +1,4 @@
-"""Draws a results file: each provider's ratio to the frozen linear over the shapes, one panel per mode.
+"""Draws a results file: the ratios to the frozen linear over the shapes, a panel for each mode and dtype.
 
 python benchmarks/plot.py RESULTS.csv PICTURE.png [--mode both] [--rank 16] [--providers peft fastlora]
 """
@@ -18,8 +18,12 @@ def _shapes(rows: Sequence[Row]) -> list[tuple[int, int, int, int]]:
     return sorted({(row.R, row.M, row.N, row.K) for row in rows})
 
 
+def _panel_of(row: Row) -> tuple[str, str, str, str]:
+    return row.section, row.mode, row.timer, row.dtype
+
+
 def _panel(axes, rows: Sequence[Row], providers: Sequence[str]) -> None:
-    """Ratios of one mode and timer; the bars span the quartiles over the rounds."""
+    """Ratios of one mode, timer and dtype; the bars span the quartiles over the rounds."""
     shapes = _shapes(rows)
     for index, provider in enumerate(providers):
         ours = {(r.R, r.M, r.N, r.K): r for r in rows if r.provider == provider}
@@ -69,7 +73,7 @@ def draw(rows: Sequence[Row], stamp: str, path: Path) -> bool:
     rows = [row for row in rows if row.ratio is not None]
     if not rows:
         return False
-    panels = list(dict.fromkeys((row.section, row.mode, row.timer) for row in rows))
+    panels = list(dict.fromkeys(_panel_of(row) for row in rows))
     # The floor itself is drawn as the line at 1.
     providers = [name for name in dict.fromkeys(row.provider for row in rows) if name != "frozen"]
     width = max(7.0, 0.45 * len(_shapes(rows)) + 3.0)
@@ -78,9 +82,9 @@ def draw(rows: Sequence[Row], stamp: str, path: Path) -> bool:
     )
     handles = {}
     for panel_axes, panel in zip(axes[:, 0], panels, strict=True):
-        _panel(panel_axes, [r for r in rows if (r.section, r.mode, r.timer) == panel], providers)
-        section, mode, timer = panel
-        panel_axes.set_title(f"{section}: {mode} ({timer})", fontsize=9)
+        _panel(panel_axes, [row for row in rows if _panel_of(row) == panel], providers)
+        section, mode, timer, dtype = panel
+        panel_axes.set_title(f"{section}: {mode} ({timer}, {dtype})", fontsize=9)
         panel_axes.set_ylabel("time / floor", fontsize=8)
         handles.update(
             {label: line for line, label in zip(*panel_axes.get_legend_handles_labels(), strict=True)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from check import FACTOR, SLACK, Error, error
+from check import FACTOR, SLACK, Error, error, poison_free_memory
 from measure import CLOCKS, Measurement, Plan, base_row, device_works, failed_rows, one_line, with_times
 from problem import Problem, make_problem
 from shapes import Shape
@@ -275,6 +275,8 @@ def failures(product: Product, device: torch.device) -> dict[str, str]:
     wrong = {}
     for name, kernel in product.kernels.items():
         exact, allowed = exact_and_allowed(product.formulas.get(name, product.blas))
+        results = exact if isinstance(exact, tuple) else (exact,)
+        poison_free_memory(device, sum(t.numel() for t in (*product.operands, *results)))
         try:
             errors = _errors(kernel(), exact)
         except Exception as failure:

@@ -4,11 +4,13 @@ import collections
 import contextlib
 import csv
 import functools
+import gc
 import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,17 +22,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora import ops, planner
-from fastlora.device import Device
+from fastlora.device import Device, describe
 from fastlora.kernels import configs
+from fastlora.paths import current_mode
+from fastlora.reference import keep_mask
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_linear  # noqa: E402
+import check  # noqa: E402
 import gpu  # noqa: E402
 import group_providers  # noqa: E402
+import harness  # noqa: E402
 import model_providers  # noqa: E402
 import plot  # noqa: E402
 import primitives  # noqa: E402
@@ -40,7 +48,7 @@ import shapes  # noqa: E402
 import tables  # noqa: E402
 import tiles  # noqa: E402
 import timing  # noqa: E402
-from measure import Checks, Plan, measure  # noqa: E402
+from measure import Checks, Measurement, Plan, base_row, measure, with_times  # noqa: E402
 from primitives import (  # noqa: E402
     BLAS_AND_UPDATE,
     OFF,
@@ -59,6 +67,7 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 SMALL = Shape(33, 40, 48, 4)
 GROUP, MODEL = shapes.TINY_GROUP_SHAPES[0], shapes.TINY_MODEL_SHAPES[0]
+ONCE = timing.Timing((1.0,))
 PLAN = Plan("test", ("both",), ("cpu",), torch.float32, CPU, seconds=0.001, min_rounds=2, min_sample=0.0)
 
 
@@ -273,6 +282,84 @@ def test_mixed_up_branches_are_seen():
     assert checks.status(Provider("swapped", swapped_branches, "")).startswith("check failed: y0: ")
 
 
+def test_the_bound_is_twice_the_error_of_eager_pytorch():
+    """Of either form with float32 adapters; both the largest and the rms error count, and NaN."""
+    zeros = torch.zeros(2, 2, dtype=torch.float64)
+    assert check.error(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), zeros) == check.Error(3.0, 1.5)
+    made = problem(dtype=torch.bfloat16)
+    checker, exact = check.Checker(made), made.exact()
+    for dtype, forms in ((torch.bfloat16, ["plain"]), (torch.float32, ["peft", "autocast"])):
+        eager = [check.outputs(made.eager(dtype, form), made) for form in forms]
+        for name, bound in checker.bounds(dtype).items():
+            errors = [check.error(results[name], exact[name]) for results in eager]
+            for kind in ("largest", "rms"):
+                worst = max(getattr(error, kind) for error in errors)
+                assert getattr(bound, kind) == pytest.approx(2.0 * worst + 1e-6, rel=1e-12)
+    masked = problem(dropout=0.25)
+    for made, mask in (
+        (masked, keep_mask(torch.tensor([1]), SMALL.M, SMALL.K, 0.25)),
+        (masked, None),
+        (group_providers.make_group_problem(GROUP, torch.float32, CPU, bias=True), None),
+        (model_providers.make_model_problem(MODEL, torch.float32, CPU), None),
+    ):
+        bounds = check.Checker(made, mask).bounds(torch.float32)
+        assert max(bound.largest for bound in bounds.values()) < 1e-4, "the float64 results are right"
+    single, spoilt, bound = zeros.clone(), zeros.clone(), check.Error(1.0, 0.6)
+    single[0, 1], spoilt[0, 1] = 1.1, float("nan")
+    assert check._exceeded("y", zeros + 0.59, zeros, bound) == []
+    assert check._exceeded("y", zeros + 0.61, zeros, bound) == ["y: rms error 0.61, allowed 0.6"]
+    assert check._exceeded("y", single, zeros, bound) == ["y: largest error 1.1, allowed 1"]
+    assert len(check._exceeded("y", spoilt, zeros, bound)) == 2
+
+
+def test_outputs_do_not_lie_on_memory_with_right_values(monkeypatch):
+    """On a GPU, the free memory is overwritten last before the provider is called."""
+    done = []
+    checker = check.Checker(problem())
+    layer = correct_layer(problem())
+    monkeypatch.setattr(check, "poison_free_memory", lambda *_: done.append("poison"))
+    bounds = checker.bounds(torch.float32)
+    monkeypatch.setattr(checker, "bounds", lambda dtype: (done.append(dtype), bounds)[1])
+    called = replace(layer, call=lambda x: (done.append("call"), layer.call(x))[1])
+    assert checker.failures(called, None) == []
+    assert done == [torch.float32, "poison", "call"]
+    done.clear()
+    checker.failures(called, torch.bfloat16)
+    assert done[0] == torch.bfloat16, "the adapters' dtype decides"
+    monkeypatch.undo()
+
+    filled = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: filled.append("cache"))
+    monkeypatch.setattr(torch, "full", lambda size, value, **_: filled.append((size[0], value)))
+    check.poison_free_memory(torch.device("cuda"), 10**6)
+    assert filled[0] == "cache"
+    assert filled[1][0] >= 2 * 10**6
+    assert filled[1][1] != filled[1][1]
+
+
+@pytest.mark.parametrize("shape", [SMALL, GROUP, MODEL], ids=str)
+def test_adapters_have_the_dtype_that_is_said(shape):
+    kind = tables.KINDS[type(shape)]
+    made = kind.make(shape, torch.bfloat16, CPU, bias=False)
+    for provider in kind.providers.values():
+        with contextlib.suppress(Unavailable):
+            if provider.name != "compile":
+                dtypes = {adapter.dtype for adapter in provider.build(made).adapters}
+                assert dtypes <= {provider.adapter_dtype or made.dtype}, provider.name
+
+
+def test_a_step_touches_the_elements_of_its_tensors():
+    """The number of input sets follows from it."""
+    group = group_providers.make_group_problem(GROUP, torch.float32, CPU, bias=False)
+    weights = sum(branch.weight.numel() for branch in group.branches)
+    assert group.elements == group.x.numel() + sum(dy.numel() for dy in group.dy) + weights
+    made = problem()
+    assert made.elements == made.x.numel() + made.dy.numel() + made.weight.numel()
+    drawn = [made.redrawn(seed).x for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_unavailable_provider_says_why():
     def build(problem):
         raise Unavailable("needs a library")
@@ -291,11 +378,48 @@ def test_every_provider_is_right_or_says_why_not(dtype, dropout):
     unavailable = {name: status for name, status in statuses.items() if status != results.OK}
     assert all(status.startswith("unavailable: ") for status in unavailable.values()), unavailable
     must_run = {"frozen", "frozen-again", "eager", "peft", "fastlora", "fastlora-addmm", "fastlora-reference"}
+    without = {"merged", "addmm", "addmm-base-last"}
     if dropout == 0.0:
-        must_run |= {"merged", "addmm", "addmm-base-last"}
+        must_run |= without
+    else:
+        assert {unavailable[name] for name in without} == {"unavailable: has no dropout"}
     if dtype == torch.bfloat16:
         must_run |= {"peft-same-dtype", "fastlora-fp32-adapters"}
     assert not must_run & unavailable.keys(), unavailable
+
+
+def test_rows_name_the_path_of_fastlora_alone():
+    made = SimpleNamespace(dtype=torch.bfloat16, path=lambda name, adapter_dtype: str(adapter_dtype))
+    names = ("peft", "fastlora-addmm", "fastlora", "fastlora-fp32-adapters")
+    found = [sys.modules["measure"]._path(name, made) for name in names]
+    assert found == ["", "addmm", "torch.bfloat16", "torch.float32"]
+
+
+def test_the_path_of_a_group_is_that_of_its_adapters_dtype(monkeypatch):
+    """They may take other paths than adapters in the base's dtype."""
+    problems = []
+    made = group_providers.make_group_problem(GROUP, torch.bfloat16, CPU, bias=False)
+    original = planner.make_group_plan
+    monkeypatch.setattr(
+        planner, "make_group_plan", lambda *given: (problems.append(given), original(*given))[1]
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        assert made.path("fastlora", dtype) == "addmm"
+        problem, *sizes = problems.pop()
+        assert (problem.adapter_dtype, problem.N, problem.R) == (dtype, GROUP.N, GROUP.R * len(GROUP.widths))
+        assert sizes == [GROUP.widths, (GROUP.R,) * len(GROUP.widths)]
+
+
+def test_layers_with_dropout_drop():
+    """Not only those whose mask is known: each is timed with its own."""
+    made, dropping = problem(dtype=torch.bfloat16, dropout=0.5), set()
+    for provider in PROVIDERS.values():
+        with contextlib.suppress(Unavailable):
+            layer = provider.build(made) if provider.name != "compile" else Layer(lambda x: x)
+            if not torch.equal(layer.call(made.x), layer.call(made.x)):
+                dropping.add(provider.name)
+    peft, ours = {"eager", "peft", "peft-same-dtype"}, ("", "-fp32-adapters", "-addmm", "-reference")
+    assert dropping == peft | {f"fastlora{name}" for name in ours} | {"fastlora-triton"} & dropping
 
 
 RUN_ANYWHERE = {"frozen", "frozen-again", "peft", "fastlora"}
@@ -333,48 +457,129 @@ def test_every_model_provider_is_right_or_says_why_not(dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "single", "groups"),
+    ("shape", "name", "single", "groups"),
     [
-        ("fastlora", 7, 0),
-        ("fastlora-groups", 2, 2),
-        ("fastlora-fuse-peft", 7, 0),
-        ("fastlora-fuse-peft-groups", 2, 2),
-        ("peft", 0, 0),
+        (MODEL, "fastlora", 7, 0),
+        (MODEL, "fastlora-groups", 2, 2),
+        (MODEL, "fastlora-fuse-peft", 7, 0),
+        (MODEL, "fastlora-fuse-peft-groups", 2, 2),
+        (MODEL, "peft", 0, 0),
+        (GROUP, "fastlora", 0, 1),
+        (GROUP, "fastlora-separate", 3, 0),
+        (GROUP, "fastlora-addmm", 0, 1),
+        (SMALL, "fastlora", 1, 0),
+        (SMALL, "fastlora-addmm", 1, 0),
+        (SMALL, "fastlora-reference", 1, 0),
     ],
+    ids=str,
 )
-def test_model_providers_run_what_they_say(monkeypatch, name, single, groups):
-    """The seven layers one by one; or q/k/v and gate/up as groups, which leaves o_proj and down_proj."""
-    made = model_providers.make_model_problem(MODEL, torch.float32, CPU)
-    layer = model_providers.MODEL_PROVIDERS[name].build(made)
-    calls = []
-    originals = {name: getattr(ops, name) for name in ("lora_forward", "group_forward")}
-    for name, original in originals.items():
-        monkeypatch.setattr(ops, name, lambda *args, f=original, n=name: (calls.append(n), f(*args))[1])
+def test_providers_run_what_they_say(monkeypatch, shape, name, single, groups):
+    """Layers one by one; or q/k/v and gate/up as groups, which leaves o_proj and down_proj; on their path."""
+    kind, mode = tables.KINDS[type(shape)], name.removeprefix("fastlora-")
+    made = kind.make(shape, torch.float32, CPU, bias=False)
+    layer, calls = kind.providers[name].build(made), []
+    originals = {called: getattr(ops, called) for called in ("lora_forward", "group_forward")}
+    for called, original in originals.items():
+        monkeypatch.setattr(
+            ops, called, lambda *args, f=original, n=called: (calls.append((n, current_mode())), f(*args))[1]
+        )
     layer.call(made.x)
-    assert (calls.count("lora_forward"), calls.count("group_forward")) == (single, groups)
+    names = [called for called, _ in calls]
+    assert (names.count("lora_forward"), names.count("group_forward")) == (single, groups)
+    assert {mode for _, mode in calls} <= {mode if mode in ("addmm", "reference") else "auto"}
+
+
+class Products(TorchDispatchMode):
+    """Notes (rows, summands, columns) of each matrix product, and other operations that compute or copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.others = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("mm", "addmm"):
+            p, q = args[name == "addmm" :][:2]
+            self.sizes.append((*p.shape, q.shape[1]))
+        elif name not in ("t", "transpose", "detach", "new_empty"):
+            self.others.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["addmm", "addmm-base-last"])
+def test_chains_of_blas_calls(name):
+    """h or g first, the frozen product and the update in the order of the name, and nothing else."""
+    made = problem(bias=False)
+    M, N, K, R = made.shape.M, made.shape.N, made.shape.K, made.shape.R
+    layer, order = PROVIDERS[name].build(made), -1 if name == "addmm-base-last" else 1
+    with Products() as forward:
+        y = layer.call(made.x)
+    assert forward.sizes == [(M, K, R), *[(M, K, N), (M, R, N)][::order]]
+    with Products() as backward:
+        torch.autograd.grad(y, (made.x, *layer.adapters), made.dy)
+    assert backward.sizes == [(M, N, R), (N, M, R), (R, M, K), *[(M, N, K), (M, R, K)][::order]]
+    assert forward.others == backward.others == []
+
+
+def test_products_of_the_other_forms():
+    made = problem(bias=False)
+    M, N, K, R = made.shape.M, made.shape.N, made.shape.K, made.shape.R
+    frozen = [(M, K, N), (M, N, K)]
+    eager = [*frozen, (M, K, R), (M, R, N), (M, N, R), (N, M, R), (M, R, K), (R, M, K)]
+    merged = [*frozen, (N, R, K), (N, M, K), (N, K, R), (R, N, K)]
+    forms = {"frozen": frozen, "frozen-again": frozen, "eager": eager, "merged": merged}
+    for name, expected in forms.items():
+        layer = PROVIDERS[name].build(made)
+        with Products() as seen:
+            step(layer, made, "both")()
+        assert sorted(seen.sizes) == sorted(expected), name
 
 
 def test_other_libraries_forms_are_called_as_they_are_meant(monkeypatch):
     """Unsloth's and Axolotl's functions, replaced by PyTorch ones with the same signatures."""
-    inplace_of = []
+    inplace_of, others = [], []
 
     def qkv(self, X, inplace=True):
         inplace_of.append(inplace)
         return self.q_proj(X), self.k_proj(X), self.v_proj(X)
 
+    def o(self, X):
+        others.append("o")
+        return self.o_proj(X)
+
     def mlp(self, X, inplace=True):
+        others.append("mlp")
         return self.down_proj(torch.nn.functional.silu(self.gate_proj(X)) * self.up_proj(X))
 
-    library = SimpleNamespace(
-        apply_lora_qkv=qkv, apply_lora_o=lambda self, X: self.o_proj(X), apply_lora_mlp_swiglu=mlp
-    )
+    library = SimpleNamespace(apply_lora_qkv=qkv, apply_lora_o=o, apply_lora_mlp_swiglu=mlp)
     monkeypatch.setitem(sys.modules, "unsloth.kernels", library)
     monkeypatch.setitem(sys.modules, "axolotl.kernels.lora", library)
+
+    def fused(x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0.0, linear_bias=None):
+        assert x.dim() == 3
+        x_dropped = torch.nn.functional.dropout(x, dropout_p)
+        update = torch.nn.functional.linear(torch.nn.functional.linear(x_dropped, lora_a), lora_b)
+        return torch.nn.functional.linear(x, linear_w, linear_bias) + alpha * update
+
+    lorafusion = SimpleNamespace(fused_linear_lora=fused)
+    monkeypatch.setitem(sys.modules, "lorafusion.ops.lora_v1", lorafusion)
     group = Checks(group_providers.make_group_problem(GROUP, torch.bfloat16, CPU, bias=False))
     model = Checks(model_providers.make_model_problem(MODEL, torch.bfloat16, CPU))
     for name in ("unsloth", "axolotl"):
         assert group.status(group_providers.GROUP_PROVIDERS[name]) == results.OK
         assert model.status(model_providers.MODEL_PROVIDERS[name]) == results.OK
+        for table, made in (
+            (group_providers.GROUP_PROVIDERS, group._problem),
+            (model_providers.MODEL_PROVIDERS, model._problem),
+        ):
+            assert {adapter.dtype for adapter in table[name].build(made).adapters} == {torch.bfloat16}
+    assert others == ["o", "mlp"] * 2
+    for bias, name in ((False, "unsloth"), (True, "lorafusion")):
+        made = problem(dtype=torch.bfloat16, bias=bias)
+        assert Checks(made).status(PROVIDERS[name]) == results.OK
+        assert {adapter.dtype for adapter in PROVIDERS[name].build(made).adapters} == {torch.bfloat16}
+    layer = PROVIDERS["lorafusion"].build(problem(dropout=0.5))
+    assert not torch.equal(layer.call(made.x.float()), layer.call(made.x.float()))
     assert inplace_of == [False, True] * 2, "x of a group is a leaf, that of the layer is not"
 
 
@@ -393,6 +598,28 @@ def test_model_is_checked_on_few_tokens_of_the_same_weights():
     assert checked.layer is made.layer
     assert checked.adapters is made.adapters
     assert (made.shape.M, made.shape.N, made.shape.K) == (900, 300, 32)
+
+
+def test_modes_run_what_they_say():
+    """How often each calls the layer, whether for gradients, and what it computes."""
+    made = problem()
+    built, calls = PROVIDERS["eager"].build(made), []
+    layer = replace(built, call=lambda x: (calls.append(torch.is_grad_enabled()), built.call(x))[1])
+    once = {"forward": [True], "backward": [], "both": [True], "step": [True], "inference": [False]}
+    found = {}
+    for mode, expected in once.items():
+        run = step(layer, made, mode)
+        calls.clear()
+        found[mode] = run()
+        assert calls == expected, mode
+    assert found["forward"].requires_grad
+    assert not found["inference"].requires_grad
+    for mode in ("backward", "both"):
+        assert [gradient.shape for gradient in found[mode]] == [
+            tensor.shape for tensor in (made.x, *built.adapters)
+        ]
+    (dx,) = step(PROVIDERS["frozen"].build(made), made, "step")()
+    torch.testing.assert_close(dx, made.dy @ made.weight)
 
 
 def test_training_step_is_both_and_adamw(monkeypatch):
@@ -452,15 +679,34 @@ def test_products_are_checked():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = products(make_problem(Shape(19, 24, 17, 3), torch.float32, device, bias=False))
     assert list(made) == ["y", "dx", "h", "g", "dA", "dB", "g+dA", "h+y", "g+dx", "dx+dropout", "forward"]
+    assert {*gpu.PRODUCTS, "h+y", "g+dx", "forward"} == set(made)
     product = made["y"]()
     assert failures(product, CPU) == {}
+    assert product.kernels[TRITON + OFF].args[2].shape == (19, 0), "no update at all, rather than one times 0"
     kernels = {name: (lambda run=run: run() * 1.01) for name, run in product.kernels.items()}
     wrong = failures(replace(product, kernels=kernels), CPU)
     assert wrong.keys() == {TRITON, TRITON + OFF}
 
+    exact = product.formulas[TRITON](*(operand.double() for operand in product.operands))
+    eager = check.error(product.formulas[TRITON](*product.operands), exact)
+    largest, rms = 2.0 * eager.largest + 1e-6, 2.0 * eager.rms + 1e-6
+    single = torch.zeros_like(exact)
+    for error, message in (
+        (0.99 * rms, None),
+        (1.01 * rms, "check failed: rms error"),
+        (single.index_put((torch.tensor(3), torch.tensor(5)), exact.new_tensor(0.99 * largest)), None),
+        (single.index_put((torch.tensor(3), torch.tensor(5)), exact.new_tensor(1.01 * largest)), "largest"),
+        (single.index_put((torch.tensor(3), torch.tensor(5)), exact.new_tensor(float("nan"))), "nan"),
+    ):
+        wrong = failures(replace(product, kernels={TRITON: lambda error=error: exact + error}), CPU)
+        assert message in wrong[TRITON] if message else wrong == {}
+
     dropped = made["dx+dropout"]()
     assert dropped.kernels.keys() == {"triton", BLAS_AND_UPDATE}
     assert failures(dropped, CPU) == {}
+    planned = planner.Problem(describe(device), torch.float32, 19, 24, 17, 3, dropout=True)
+    for name, path in ((TRITON, "triton"), (BLAS_AND_UPDATE, "addmm")):
+        assert dropped.kernels[name].args[0] == planner.step_of(planned, "dx", path, "")
     undropped = dict.fromkeys(dropped.kernels, made["dx"]().kernels["triton"])
     assert failures(replace(dropped, kernels=undropped), CPU).keys() == dropped.kernels.keys()
 
@@ -477,21 +723,82 @@ def test_products_are_checked():
 def test_products_are_as_accurate_as_what_computes_the_same():
     """The update is larger than the frozen product here, and so is the rounding of their sum."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made = products(make_problem(Shape(100, 136, 264, 16), torch.float16, device, bias=False))
-    for name, product in made.items():
-        assert failures(product(), CPU) == {}, name
+    M, N, K, R = 100, 136, 264, 16
+    made = products(make_problem(Shape(M, N, K, R), torch.float16, device, bias=False))
+    sizes = {
+        "y": (M, K, N),
+        "dx": (M, N, K),
+        "h": (M, K, R),
+        "g": (M, N, R),
+        "dA": (N, M, R),
+        "dB": (K, M, R),
+    }
+    sizes |= {"dx+dropout": sizes["dx"], "forward": sizes["y"]}
+    for name, make in made.items():
+        product = make()
+        assert failures(product, CPU) == {}, name
+        with Products() as blas:
+            product.blas(*product.operands)
+        assert blas.sizes == ([sizes[name]] if name in sizes else [sizes[part] for part in name.split("+")])
+        assert blas.others == []
+        found = [kernel() for kernel in product.kernels.values()]
+        each = [
+            result for results in found for result in (results if isinstance(results, tuple) else [results])
+        ]
+        assert {result.dtype for result in each} <= {torch.float16}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off in a process with a GPU")
+def test_results_of_products_do_not_lie_on_memory_with_right_values(monkeypatch):
+    """On a GPU, the free memory is overwritten right before each kernel, after the formula."""
+    made, done = products(problem(bias=False))["g+dA"](), []
+    shape = made.operands[0].shape
+
+    def noted(name, function):
+        return lambda *operands: (done.append(name), function(*operands))[1]
+
+    monkeypatch.setattr(primitives, "poison_free_memory", lambda device, size: done.append(size))
+    kernels = {name: noted(name, kernel) for name, kernel in made.kernels.items()}
+    assert failures(replace(made, blas=noted("formula", made.blas), kernels=kernels), CPU) == {}
+    sizes = [size for size in done if isinstance(size, int)]
+    assert min(sizes) >= sum(operand.numel() for operand in made.operands) > shape.numel()
+    first, second = kernels
+    assert done == ["formula", "formula", sizes[0], first, sizes[1], second]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off in a process with a GPU")
+def test_wrong_kernels_of_a_product_are_not_timed(monkeypatch):
+    """Each has one row that says what is wrong; the others and the BLAS call have their times."""
+    made = products(problem(bias=False))["y"]()
+    broken = {
+        TRITON: lambda: made.kernels[TRITON]().add_(1.0),
+        "raises": lambda: made.blas(),
+        OFF: lambda: made.kernels[TRITON + OFF](),
+    }
+    monkeypatch.setattr(primitives._Products, "gemm", lambda *_: replace(made, kernels=broken))
+    rows = primitives.measure_products(SMALL, replace(PLAN, modes=("y",))).rows
+    statuses = {row.provider: row.status for row in rows}
+    assert len(statuses) == len(rows) == 4
+    assert statuses["blas"] == statuses[OFF] == results.OK
+    assert statuses[TRITON].startswith("check failed: ")
+    assert statuses["raises"].startswith("error: TypeError")
+    assert {row.provider for row in rows if row.ratio} == {"blas", OFF}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a Hopper GPU")
 @pytest.mark.parametrize("schedule", [*primitives.SCHEDULES, primitives.PROJECTS])
 def test_hopper_loops_are_called_as_they_are_meant(monkeypatch, schedule):
     """Their launchers are replaced by what they compute, as they run on Hopper alone."""
+    teams, ranks, projected = set(), set(), []
 
     def gemm(p, q, u, v, scale, config, bias, q_by_rows):
+        teams.add(config.teams)
+        ranks.add(u.shape[1])
         q, v = (q, v) if q_by_rows else (q.t(), v.t())
         return torch.mm(p, q).addmm_(u, v, alpha=scale)
 
     def project_and_gemm(p, q, z, v, scale, config, bias, q_by_rows):
+        projected.append(q_by_rows)
         u = scale * (p @ (z if q_by_rows else z.t()))
         return gemm(p, q, u, v, 1.0, config, bias, q_by_rows), u
 
@@ -506,6 +813,14 @@ def test_hopper_loops_are_called_as_they_are_meant(monkeypatch, schedule):
         product = made[name]()
         assert product.kernels.keys() == kernels
         assert failures(product, CPU) == {}
+    assert teams == {2 if schedule == "hopper-pingpong" else 1}
+    assert ranks == ({8} if schedule == primitives.PROJECTS else {0, 8})
+    assert projected == ([False, True] if schedule == primitives.PROJECTS else [])
+    monkeypatch.setattr(primitives, "alternate", lambda functions, *_, **__: dict.fromkeys(functions, ONCE))
+    plan = replace(PLAN, section=schedule, modes=names)
+    rows = primitives.measure_products(Shape(128, 48, 64, 8), plan).rows
+    timed = {(row.mode, row.provider) for row in rows if row.ratio}
+    assert timed == set(itertools.product(names, {"blas", *kernels}))
 
 
 @pytest.mark.parametrize("capability", sorted(configs.SHARED_MEMORY))
@@ -515,6 +830,8 @@ def test_tile_candidates(capability):
     for product, s in tiles.work():
         problem = planner.Problem(device, torch.bfloat16, s.M, s.N, s.K, s.R)
         shipped = shipped_config(problem, product)
+        if product not in ("forward", "g+dA"):
+            assert shipped == getattr(planner.make_plan(problem, "triton"), product).config
         named = tiles.candidates(shipped, capability)
         assert next(iter(named)) == f"triton {tiles.text(shipped)}"
         assert next(iter(named.values())) == shipped
@@ -551,12 +868,52 @@ def test_wrong_tile_candidates_are_not_timed(monkeypatch, product):
     assert all(row.ratio > 0 for row in rows if row.status == "ok")
     table = tiles.tile_table(rows)
     assert f"{product} M5-N24-K17-R3 float32, cpu timer: {len(statuses) - 2} timed, 1 failed" in table
-    assert table.splitlines()[2].split()[3] == "triton"
+    (shipped,) = (row for row in rows if row.provider.startswith("triton"))
+    figures = [f"{shipped.ratio:.3f}", f"{shipped.median_ms * 1e3:.1f}", "us", "triton"]
+    assert table.splitlines()[2].split()[:4] == figures
+    assert len(tiles.tile_table(rows, ["graph"]).splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off in a process with a GPU")
+def test_each_tile_candidate_is_launched_with_its_own_tiles(monkeypatch):
+    """The kernels are replaced by what they are given."""
+    for name in ("project.project", "gemm.gemm", "token_sum.token_sum", "backward.g_and_dA", "small.small"):
+        monkeypatch.setattr(f"fastlora.kernels.{name}", lambda *arguments: (arguments,))
+    device, given = Device("cuda", "NVIDIA H100", 90, 132), {}
+    monkeypatch.setattr(primitives, "describe", lambda device: Device("cuda", "NVIDIA H100", 90, 132))
+
+    def some(name, shipped):
+        given[name] = dict(list(tiles.candidates(shipped, device.tile_capability).items())[:3])
+        return given[name]
+
+    made = products(problem(Shape(16, 48, 64, 8), bias=False), tiles=some)
+    for name in ("h", "y", "dA", "g+dA", "forward"):
+        for key, kernel in made[name]().kernels.items():
+            (arguments,) = kernel() if name != "forward" else [kernel()]
+            assert any(argument is given[name][key] for argument in arguments), key
+    monkeypatch.setattr(tiles, "failures", lambda product, device: dict.fromkeys(product.kernels, "seen"))
+    share = "h", Shape(5, 24, 17, 3), PLAN, 1, 2
+    assert tiles.check_share(*share).keys() == tiles._share(*share).keys()
+
+
+def test_tile_table():
+    """The shipped tiles, then the three fastest; one block for each shape, dtype and timer."""
+    base = replace(base_row(SMALL, replace(PLAN, section="tiles")), mode="h", timer="cpu")
+    ratios = {"blas": 0.5, "a": 0.9, "triton x": 1.0, "b": 0.8, "c": 1.2, "d": 0.7}
+    rows = [replace(base, provider=name, ratio=r, median_ms=r) for name, r in ratios.items()]
+    lines = tiles.tile_table([*rows, replace(rows[1], R=8, status="check failed")]).splitlines()
+    assert [line.split("us  ")[1] for line in lines[2:6]] == ["triton x", "d", "b", "a"]
+    assert lines[1].endswith("R4 float32, cpu timer: 5 timed, 0 failed")
+    assert lines[6].endswith("R8 float32, cpu timer: 1 timed, 1 failed")
 
 
 def die_in_share_1(product, shape, plan, part, parts):
     if part == 1:
         os.abort()
+    return {}
+
+
+def find_nothing(product, shape, plan, part, parts):
     return {}
 
 
@@ -584,7 +941,7 @@ def test_tile_candidates_are_checked_by_other_processes(monkeypatch):
         monkeypatch.setattr(tiles, "check_share", os.kill)  # takes no such arguments, and raises
         wrong = tiles.wrong_candidates("h", shape, PLAN)
         everyone = {name for part in (0, 1) for name in tiles._share("h", shape, PLAN, part, workers)}
-        assert wrong.keys() == everyone
+        assert wrong.keys() == everyone == tiles._share("h", shape, PLAN, 0, 1).keys()
         assert {status.split(": ")[2] for status in wrong.values()} == {"TypeError"}
         assert tiles.pool()[1] is not first
 
@@ -593,8 +950,10 @@ def test_tile_candidates_are_checked_by_other_processes(monkeypatch):
         assert wrong.keys() == set(tiles._share("h", shape, PLAN, 1, workers))
         assert {status.split(": ")[2] for status in wrong.values()} == {"its process died"}
 
+        monkeypatch.setattr(tiles, "check_share", find_nothing)
+        assert tiles.wrong_candidates("h", shape, PLAN) == {}  # new processes, which take a while to start
         monkeypatch.setattr(tiles, "check_share", hang_in_share_1)
-        monkeypatch.setattr(tiles, "CHECK_SECONDS", 20.0)
+        monkeypatch.setattr(tiles, "CHECK_SECONDS", 5.0)
         wrong = tiles.wrong_candidates("h", shape, PLAN)
         assert wrong.keys() == set(tiles._share("h", shape, PLAN, 1, workers))
         assert {status.split(": ")[2] for status in wrong.values()} == {"TimeoutError"}
@@ -610,10 +969,12 @@ class CountingClock:
     """Each function takes as long as it says; the order of the samples is kept."""
 
     def __init__(self):
-        self.order = []
+        self.order, self.repeats = [], []
 
     def sample(self, function, calls):
+        assert not gc.isenabled()
         self.order.append(function.__name__)
+        self.repeats.append(calls)
         return calls * sum(function() for _ in range(1))
 
     def read(self, sample):
@@ -650,6 +1011,7 @@ def test_alternate_repeats_short_functions_alike():
     )
     assert timings["quick"].seconds == (0.25,) * 3
     assert timings["slow"].seconds == (0.5,) * 3
+    assert set(clock.repeats[-6:]) == {4}, "until the quickest function takes a second"
 
 
 @pytest.mark.parametrize("options", [{"min_rounds": 0}, {"min_rounds": 5, "max_rounds": 4}])
@@ -667,9 +1029,174 @@ def test_ratio_is_taken_within_a_round():
     assert other.ratio(floor) == 1.5
     assert other.ratio_quartiles(floor) == (1.5, 1.5)
     assert timing.Timing((1.0, 2.0, 3.0)).spread == pytest.approx(0.5)
+    floor, other = timing.Timing((1.0, 2.0, 4.0, 8.0)), timing.Timing((2.0, 6.0, 16.0, 40.0))
+    row = with_times(base_row(SMALL, PLAN), other, floor)
+    assert (row.ratio, row.ratio_low, row.ratio_high) == (3.5, 2.75, 4.25), "not of the medians"
+    assert (row.median_ms, row.spread, row.rounds) == (11e3, pytest.approx(17.0 / 11.0), 4)
 
 
-def test_saved_bytes():
+class StandInGpu:
+    """A GPU on which a call takes 3 ms, and the host 1 ms to issue it."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.device = 0.0
+        self.was_idle = []
+        clock = SimpleNamespace(perf_counter=lambda: self.host, monotonic=time.monotonic)
+        monkeypatch.setattr(timing, "time", clock)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+
+    def synchronize(self, device=None):
+        self.host = max(self.host, self.device)
+
+    def call(self):
+        self.was_idle.append(self.device <= self.host)
+        self.host += 1e-3
+        self.device = max(self.device, self.host) + 3e-3
+
+
+class Event:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.time = max(self.gpu.host, self.gpu.device)
+
+    def elapsed_time(self, end):
+        assert self.gpu.host >= end.time, "not reached yet"
+        return (end.time - self.time) * 1e3
+
+
+def test_clocks_of_a_gpu(monkeypatch):
+    """Its own time where calls follow each other, the host's where each sample finds it idle."""
+    for clock, seconds in ((timing.CudaEventClock(), 3.1e-3), (timing.HostClock(), 1e-3)):
+        gpu = StandInGpu(monkeypatch)
+        timings = timing.alternate(
+            {"a": gpu.call, "b": gpu.call}, clock, seconds=0.0, min_rounds=3, min_sample=1e-2
+        )
+        repeats = (len(gpu.was_idle) - 4 * timing.WARM_UP_CALLS) // 6
+        assert repeats >= 3
+        for name in ("a", "b"):
+            assert timings[name].seconds == pytest.approx([seconds] * 3, rel=0.1)
+        firsts = gpu.was_idle[4 * timing.WARM_UP_CALLS :: repeats]
+        assert isinstance(clock, timing.CudaEventClock) or all(firsts)
+
+
+def test_peak_bytes_of_a_step(monkeypatch):
+    used = SimpleNamespace(now=100, peak=500)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: used.now)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used.peak)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: vars(used).update(peak=used.now)
+    )
+    assert timing.peak_bytes(lambda: vars(used).update(peak=130), torch.device("cuda")) == 30
+    assert timing.peak_bytes(lambda: None, torch.device("cuda")) == 0
+    assert timing.peak_bytes(lambda: None, CPU) is None
+
+
+@pytest.fixture
+def timers(monkeypatch):
+    """Three input sets, and stand-ins for graphs and for the timing, which calls each function once."""
+    # inside: whether on a stream. called: the address of each call's input, as the callables note it.
+    seen = SimpleNamespace(inside=0, captured=[], bytes=[], timed=[], called=[])
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def stream(stream):
+        seen.inside += 1
+        yield
+        seen.inside -= 1
+
+    def captured(function, stream):
+        assert isinstance(stream, Stream)
+        return lambda: (seen.captured.append(function), function())
+
+    def alternate(functions, clock, **options):
+        calls = {}
+        for name, function in functions.items():
+            seen.called.clear()
+            seen.captured.clear()
+            function()
+            calls[name] = list(seen.called), bool(seen.captured)
+        seen.timed.append((type(clock), options, calls))
+        return {name: timing.Timing((1.0 if name in ("frozen", "blas") else 2.0,)) for name in functions}
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    for module in ("measure", "primitives"):
+        monkeypatch.setattr(f"{module}.captured", captured)
+        monkeypatch.setattr(f"{module}.alternate", alternate)
+        monkeypatch.setattr(f"{module}.input_sets", lambda size, *_: (seen.bytes.append(size), 3)[1])
+    return seen
+
+
+TIMERS = {"graph": timing.CudaEventClock, "eager": timing.CudaEventClock, "host": timing.HostClock}
+
+
+def assert_all_sets_are_timed(seen, plan, rows):
+    """Each timer calls each provider on three inputs, a graph's replay for all three."""
+    assert [clock for clock, *_ in seen.timed] == list(TIMERS.values())
+    for timer, (_, options, calls) in zip(TIMERS, seen.timed, strict=True):
+        assert options == {
+            "seconds": plan.seconds,
+            "calls_each": 3,
+            "min_rounds": plan.min_rounds,
+            "min_sample": plan.min_sample,
+        }
+        for inputs, captured in calls.values():
+            assert len(set(inputs)) == len(inputs) == 3
+            assert captured == (timer == "graph")
+    assert [(row.timer, row.ratio) for row in rows] == [(timer, r) for timer in TIMERS for r in (1.0, 2.0)]
+
+
+def test_each_timer_times_all_input_sets(timers, monkeypatch):
+    """A graph's forward runs on the stream of its capture; the plan's bias and dropout are in the layers."""
+    made, inside = [], []
+
+    def build(problem):
+        layer = PROVIDERS["eager"].build(problem)
+        made.append(problem)
+        return replace(layer, call=lambda x: (timers.called.append(x.data_ptr()), layer.call(x))[1])
+
+    def noted(layer, problem, mode):
+        inside.append(bool(timers.inside))
+        return step(layer, problem, mode)
+
+    monkeypatch.setattr("measure.step", noted)
+    plan = replace(PLAN, timers=tuple(TIMERS), bias=True, dropout=0.25, min_rounds=6)
+    chosen = [replace(PROVIDERS["eager"], name=name, build=build) for name in ("frozen", "rival")]
+    rows = measure(SMALL, chosen, plan).rows
+    assert_all_sets_are_timed(timers, plan, rows)
+    assert inside == [False] * 4 + [True] * 6 + [False] * 12, "two of each provider's memory, then three sets"
+    assert {(problem.dropout, problem.bias is None) for problem in made} == {(0.0, False), (0.25, False)}
+    assert {(row.dropout, row.bias) for row in rows} == {(0.25, True)}
+    assert timers.bytes == [4 * made[-1].elements]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off in a process with a GPU")
+def test_each_timer_times_all_input_sets_of_a_product(timers, monkeypatch):
+    made = [products(problem(seed=seed, bias=False))["y"]() for seed in range(3)]
+    sets = iter(
+        replace(
+            product,
+            blas=lambda p, *_: timers.called.append(p.data_ptr()),
+            kernels={TRITON: lambda p=product.operands[0]: timers.called.append(p.data_ptr())},
+        )
+        for product in made
+    )
+    monkeypatch.setattr(primitives._Products, "gemm", lambda *_: next(sets))
+    monkeypatch.setattr(primitives, "failures", lambda product, device: {})
+    plan = replace(PLAN, modes=("y",), timers=tuple(TIMERS), min_rounds=6)
+    assert_all_sets_are_timed(timers, plan, primitives.measure_products(SMALL, plan).rows)
+    assert timers.bytes == [4 * SMALL.N * SMALL.K], "of few tokens the weight, of many the skinny products' x"
+
+
+def test_saved_bytes(monkeypatch):
     """Beyond x and the parameters: M * R for fastlora, PEFT's copies in float32, the whole merged weight."""
     shape = Shape(64, 48, 40, 4)
     p = problem(shape, torch.bfloat16)
@@ -681,6 +1208,15 @@ def test_saved_bytes():
 
     assert saved("frozen") == 0
     assert saved("fastlora") == shape.M * shape.R * 2
+    rows = measure(shape, [PROVIDERS[name] for name in ("frozen", "fastlora")], replace(PLAN, bias=True)).rows
+    assert [row.saved_mib for row in rows] == [0.0, shape.M * shape.R * 4 / 2**20]
+    kept, leaf = torch.ones(100, 4), torch.ones(1, 4, requires_grad=True)
+    assert timing.saved_bytes(lambda: leaf * kept[:1], [leaf]) == kept.nbytes, (
+        "a view keeps all of its storage"
+    )
+    monkeypatch.setattr("measure.peak_bytes", lambda step, device: len(step()) * 2**20)
+    (row,) = measure(shape, [PROVIDERS["fastlora"]], PLAN).rows
+    assert row.peak_mib == 3.0, "of dx, dA and dB"
     assert saved("merged") == shape.N * shape.K * 2
     assert saved("peft") == shape.M * (shape.K + shape.R) * 4
 
@@ -738,6 +1274,53 @@ def test_csv_round_trip(tmp_path):
     ]
     assert back[1].ratio == pytest.approx(rows[1].ratio, rel=1e-5)
     assert back[0].peak_mib is None
+    full = results.Row(
+        "a", 1, 2, 3, 4, "b", True, 0.5, "c", "d", "e", "f", 1.5, 2.5, 3, 4.5, 5.5, 6.5, 7.5, 8.5, "g"
+    )
+    writer = results.CsvWriter(tmp_path / "full.csv", stamp)
+    writer.write([full, replace(full, bias=False)])
+    writer.close()
+    assert results.read_csv(tmp_path / "full.csv")[0] == [full, replace(full, bias=False)]
+
+
+def test_newest_rows():
+    """The later one of what is the same but for the figures; nothing else is lost."""
+    base = results.Row("linear", 1, 2, 3, 4, "float32", False, 0.0, "both", "cpu", "frozen", ratio=1.0)
+    changes = {"section": "x", "M": 9, "N": 9, "K": 9, "R": 9, "dtype": "x", "bias": True, "dropout": 0.1}
+    changes |= {"mode": "x", "timer": "x", "provider": "x"}
+    rows = [base, *(replace(base, **{name: value}) for name, value in changes.items())]
+    assert results.newest(rows) == rows
+    assert results.newest([*rows, replace(base, ratio=2.0)]) == [replace(base, ratio=2.0), *rows[1:]]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_stamps_name_the_source(tmp_path, monkeypatch):
+    """A commit with changes says so; the digest, by which a proof of correctness is known, sees any file."""
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    files = [tmp_path / folder / "code.py" for folder in ("fastlora", "kernels", "tests")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("first")
+    git = [
+        "git",
+        "-C",
+        str(tmp_path),
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "-c",
+        "commit.gpgsign=false",
+    ]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    assert re.fullmatch("[0-9a-f]{12}", results._commit())
+    digests = {results.source_digest()}
+    for file in files:
+        file.write_text("other")
+        digests.add(results.source_digest())
+    assert len(digests) == 4
+    assert re.fullmatch(r"[0-9a-f]{12}\+changes", results._commit())
 
 
 def test_read_csv_refuses_other_columns(tmp_path):
@@ -753,6 +1336,14 @@ def test_ratio_table_counts_shapes():
     table = results.ratio_table([*rows, replace(base, provider="compile", ratio=1.5)])
     assert "4.000 (8.000)" in table
     assert "1.500 (1.500) [1]" in table, "a mean over fewer shapes says so"
+    changes = {"section": "x", "dtype": "x", "timer": "x", "R": 8}
+    apart = [base, *(replace(base, ratio=2.0, **{name: value}) for name, value in changes.items())]
+    table = results.ratio_table(apart)
+    assert (table.count("1.000 (1.000)"), table.count("2.000 (2.000)")) == (1, 4), (
+        "no mean over different blocks"
+    )
+    assert "x timer" not in results.ratio_table(apart, ["cpu"])
+    assert results.ratio_table(apart, ["x"]).count("(2.000)") == 1
     assert results.ratio_table([]) == "no ratio was measured"
 
 
@@ -766,6 +1357,12 @@ def test_step_table():
     assert ["peft", "4.000", "12000", "1.000x", "0.900x", "-", "-"] in lines
     assert ["fastlora", "3.200", "15000", "1.250x", "1.125x", "12", "1.2"] in lines
     assert len(lines) == 6
+    changes = {"N": 48, "dtype": "x", "timer": "x", "R": 8}
+    apart = [base, *(replace(base, provider="fastlora", **{name: v}) for name, v in changes.items())]
+    table = results.step_table(apart)
+    assert table.count("1.000x") == 1, "PEFT's times are those of the same block"
+    assert "1 x 48 tokens" in table
+    assert results.step_table(apart, ["x"]).count("step ms") == 1
     assert results.step_table([]) == "no training step was measured"
 
 
@@ -787,6 +1384,55 @@ def test_plot(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "rows.png").read_bytes().startswith(b"\x89PNG")
     assert not plot.draw([replace(rows[0], ratio=None)], "", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_plot_shows_each_row_in_its_place(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    base = results.Row("linear", 1, 2, 3, 4, "float32", False, 0.0, "both", "cpu", "frozen", median_ms=7.0)
+    base = replace(base, ratio=1.0, ratio_low=1.0, ratio_high=1.0)
+    rows = [base, replace(base, M=9)]
+    rows += [
+        replace(base, M=M, timer=timer, provider=provider, ratio=r, ratio_low=r - 0.25, ratio_high=r + 0.5)
+        for provider, timer, M, r in (
+            ("a", "cpu", 9, 3.0),
+            ("a", "cpu", 1, 2.0),
+            ("b", "cpu", 9, 4.0),
+            ("a", "x", 1, 5.0),
+        )
+    ]
+    rows.append(replace(rows[3], dtype="bfloat16", ratio=6.0, ratio_low=6.0, ratio_high=6.0))
+    assert plot.draw(rows, "", tmp_path / "rows.png")
+    (figure,) = drawn
+    found = {}
+    for axes in figure.axes:
+        assert [1.0, 1.0] in [list(line.get_ydata()) for line in axes.lines], "the floor"
+        for bars in axes.containers:
+            points = zip(map(round, bars[0].get_xdata()), bars[0].get_ydata(), strict=True)
+            ends = [segment[:, 1].tolist() for segment in bars[2][0].get_segments()]
+            found[axes.get_title(), bars.get_label()] = list(points), ends
+    assert found == {
+        ("linear: both (cpu, float32)", "a"): ([(0.0, 2.0), (1.0, 3.0)], [[1.75, 2.5], [2.75, 3.5]]),
+        ("linear: both (cpu, float32)", "b"): ([(1.0, 4.0)], [[3.75, 4.5]]),
+        ("linear: both (x, float32)", "a"): ([(0.0, 5.0)], [[4.75, 5.5]]),
+        ("linear: both (cpu, bfloat16)", "a"): ([(0.0, 6.0)], [[6.0, 6.0]]),
+    }
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["1\n2x3\nr4", "9\n2x3\nr4"]
+    close(figure)
+
+    writer = results.CsvWriter(tmp_path / "rows.csv", results.environment(CPU))
+    writer.write(
+        [*rows, replace(rows[2], mode="forward"), replace(rows[2], R=8), replace(rows[2], section="y")]
+    )
+    writer.close()
+    chosen = []
+    monkeypatch.setattr(plot, "draw", lambda rows, stamp, path: chosen.append(rows) or True)
+    options = ["--mode", "both", "--rank", "4", "--section", "linear", "--timer", "cpu", "--providers", "a"]
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "rows.csv"), "x.png", *options])
+    plot.main()
+    assert chosen == [[*rows[2:4], rows[-1]]]
 
 
 # --- The GPU script, on the CPU ---
@@ -830,6 +1476,60 @@ def test_the_loop_that_projects_is_for_bfloat16(tmp_path, capsys):
     assert "overflow in float16" in capsys.readouterr().err
 
 
+def test_gpu_script_measures_as_it_is_asked(tmp_path, monkeypatch):
+    """With a GPU that is only said to be there."""
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run", lambda *arguments: given.append(arguments) or 0)
+    options = ["--dtype", "float16", "--timers", "eager", "--seconds", "0.3", "--without", "compile,peft"]
+    assert gpu.main(["--out", str(tmp_path), *options]) == 0
+    ((arguments, target, _, timers),) = given
+    assert target == gpu.Target(torch.device("cuda"), torch.float16, ("eager",), dry=False, seconds=0.3)
+    assert timers == ("eager", "host")
+    names = {provider.name for chosen in arguments.providers.values() for provider in chosen}
+    assert names & {"compile", "peft", "eager"} == {"eager"}
+
+
+def test_a_proof_is_for_the_same_machine_source_and_tests(monkeypatch):
+    stamp = results.environment(CPU)
+    proof = gpu.proof(stamp, ["tests"])
+    assert proof == gpu.proof(replace(stamp, date="", commit=""), ["tests"])
+    for name in ("device", "torch", "triton"):
+        assert gpu.proof(replace(stamp, **{name: "other"}), ["tests"]) != proof
+    assert gpu.proof(stamp, ["other"]) != proof
+    monkeypatch.setattr(gpu, "source_digest", lambda: "other")
+    assert gpu.proof(stamp, ["tests"]) != proof
+
+
+def test_what_counts_as_wrong():
+    """Whatever fails of fastlora and its kernels; rivals, and what cannot run, are only reported."""
+    base = base_row(SMALL, PLAN)
+    ours = ["fastlora", "fastlora-groups", TRITON, TRITON + OFF, ONE_LAUNCH, BLAS_AND_UPDATE]
+    ours += [*primitives.SCHEDULES, primitives.PROJECTS]
+    statuses = ("check failed: y", "error: broke", "unavailable: no GPU", results.OK)
+    rows = [replace(base, provider=p, status=s) for p in [*ours, "peft", "compile"] for s in statuses]
+    wrong = [(row.provider, row.status) for row in gpu.wrong_rows(rows)]
+    assert wrong == list(itertools.product(ours, statuses[:2]))
+
+
+def test_the_tables_show_the_first_timer(tmp_path, capsys):
+    base = replace(base_row(SMALL, PLAN), mode="both", provider="fastlora", ratio=1.5)
+    rows = [replace(base, timer="graph"), replace(base, timer="eager", status="check failed: y")]
+    gpu.Progress(rows=rows).report(tmp_path, ("graph", "host"))
+    printed = capsys.readouterr().out
+    assert "graph timer" in printed
+    assert "eager timer" not in printed
+    assert "WRONG: fastlora M33-N40-K48-R4 both: check failed: y" in printed
+
+
+def test_checks_of_a_case_have_its_bias_and_dropout(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "Checks", lambda problem: (seen.append(problem), Checks(problem))[1])
+    (row,) = gpu.check_case("frozen", SMALL, replace(PLAN, bias=True, dropout=0.25))
+    assert (row.status, row.bias, row.dropout) == (results.OK, True, 0.25)
+    assert [(problem.bias is None, problem.dropout) for problem in seen] == [(False, 0.25)]
+
+
 def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off in a process with a GPU")
@@ -850,7 +1550,7 @@ def test_gpu_script_end_to_end(dry_run, tmp_path, capsys, monkeypatch):
         "tiles",
         *gpu.HOPPER_PRODUCTS,
     }
-    assert {row.mode for row in rows if row.section == "training"} == set(gpu.TRAINING)
+    assert {row.mode for row in rows if row.section == "training"} == {"forward", "backward", "both"}
     assert {row.mode for row in rows if row.section == "mainloop"} == set(gpu.PRODUCTS)
     assert {row.mode for row in rows if row.section == "group"} == {*gpu.TRAINING, "inference"}
     assert {row.mode for row in rows if row.section == "model"} == {"both", "step"}
@@ -891,6 +1591,7 @@ def test_gpu_script_leaves_out_what_does_not_fit(dry_run, tmp_path, capsys, monk
 
     class Spent(timing.Budget):
         def __init__(self, seconds):
+            assert seconds < 9 * 60 - gpu.MOST_RESERVE - 0.1, "without the time that the tests took"
             super().__init__(seconds)
             self._longest = dict.fromkeys(("training", "decode"), 0.0)
 
@@ -908,6 +1609,7 @@ def test_gpu_script_leaves_out_what_does_not_fit(dry_run, tmp_path, capsys, monk
 
     monkeypatch.setattr(gpu, "Budget", Spent)
     monkeypatch.setattr(gpu, "units", counted)
+    monkeypatch.setattr(gpu, "correctness", lambda *_, **__: (time.sleep(0.1), results.OK)[1])
     assert dry_run("--only", "forward", "decode") == 0
     assert started == ["training M33-N40-K48-R4"]
     left_out = ["decode M5-N24-K17-R3", "training M5-N24-K17-R3"]  # the sections take turns
@@ -919,8 +1621,11 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
     """Each section's first shapes come before the ones for the time that is left; compiling is rare."""
     measured = []
 
+    plans = collections.defaultdict(set)
+
     def noted(shape, chosen, plan, make):
         measured.append((plan.section, shape, plan.modes, [p.name for p in chosen]))
+        plans[plan.section].add((plan.timers, plan.dropout, plan.dtype, plan.seconds, plan.min_rounds))
 
     monkeypatch.setattr(gpu, "measure", noted)
     monkeypatch.setattr(gpu, "measure_products", lambda shape, plan: None)
@@ -929,7 +1634,8 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
         tiles, "measure_tiles", lambda product, shape, plan: swept.append((product, plan.timers))
     )
     target = gpu.Target(torch.device("cuda"), torch.bfloat16, ("graph", "eager"), dry=False, seconds=0.8)
-    monkeypatch.setattr(gpu, "run_tests", lambda *_: "no end")
+    tested = []
+    monkeypatch.setattr(gpu, "run_tests", lambda *arguments: tested.append(arguments[0]) or "no end")
     work = gpu.units(set(gpu.SECTIONS), tables.select(None), target, Path("unused"))
     loops = {"hopper": ("y", "dx"), "hopper-project": ("h+y", "g+dx"), "hopper-pingpong": ("y", "dx")}
     assert [unit.name.split()[0] for unit in work[-15:]] == [*loops] * 5
@@ -942,6 +1648,18 @@ def test_gpu_units_in_the_order_of_their_weight(monkeypatch):
     for unit in work:
         unit.run()
     assert swept == [(product, ("graph",)) for product, _ in tiles.work()]
+    assert ["pingpong" in tests for tests in tested] == [section == "hopper-pingpong" for section in loops]
+    both = ("graph", "eager")
+    for section, found in plans.items():
+        timers, dropout = ("host",) if section == "host" else both, 0.1 if section == "dropout" else 0.0
+        assert found == {(timers, dropout, torch.bfloat16, 0.8, 7)}
+    assert {modes for section, _, modes, _ in measured if section == "host"} == {("inference", "both")}
+    for section in ("mainloop", "host", "dropout", *loops):
+        expected = {"host": {1}, "dropout": {8192, 4096}}.get(section, {8192})
+        found = gpu.shapes_of(section, target)[0]
+        assert ({shape.M for shape in found}, {shape.R for shape in found}) == (expected, {16})
+    drawn = [section for sections in gpu.PICTURES.values() for section in sections]
+    assert sorted([*drawn, "tiles"]) == sorted({unit.name.split()[0] for unit in work})
     order = [section for section, *_ in measured]
     assert order[:6] == ["training", "decode", "host", "dropout", "group", "model"]
     assert order[6:11] == ["training", "decode", "dropout", "group", "model"]
@@ -1047,10 +1765,28 @@ def test_gpu_script_times_nothing_if_the_tests_fail(dry_run, tmp_path, capsys, t
     assert dry_run("--only", "both", tests="def test(): pass") == 0  # run anew, whatever the proof says
 
 
-def test_gpu_script_ends_hung_tests(tmp_path):
+def test_gpu_script_ends_hung_tests(tmp_path, monkeypatch):
     (tmp_path / "test_it.py").write_text("import time\ndef test(): time.sleep(60)")
     status = gpu.run_tests([str(tmp_path / "test_it.py")], tmp_path / "log", 1.5)
     assert status == "the tests did not end within 2 s"
+
+    class Process:
+        pid, returncode = 1, 0
+
+        def __init__(self, hangs):
+            self.hangs = hangs
+
+        def wait(self, timeout=None):
+            if self.hangs and timeout is not None:
+                raise subprocess.TimeoutExpired("pytest", timeout)
+            return 0
+
+    ended = []
+    parts = iter([Process(False), Process(True)])
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda *_, **__: next(parts))
+    monkeypatch.setattr(gpu.os, "killpg", lambda pid, signal: ended.append(pid))
+    status = gpu.run_tests([], tmp_path / "log", 7.0, processes=2)
+    assert (status, ended) == ("the tests did not end within 7 s", [1]), "though another process did"
 
 
 @pytest.mark.parametrize(
@@ -1277,7 +2013,55 @@ def test_source_tree_refuses_a_second_fastlora(monkeypatch):
         source_tree.install()
 
 
+def test_pytest_benchmarks_of_a_gpu():
+    """By graphs, in bfloat16, without biases, for training and decoding."""
+    options = ("shape", "dtype", "modes", "providers", "seconds")
+    option = SimpleNamespace(bench_device="cuda", **{f"bench_{name}": None for name in options})
+    choice = harness.choice(SimpleNamespace(option=option), bench_linear.BENCHMARK)
+    plan = choice.plan
+    assert (plan.timers, plan.dtype, plan.bias) == (("graph",), torch.bfloat16, False)
+    assert list(choice.modes) == shapes.TRAINING_SHAPES + shapes.DECODE_SHAPES
+    training = ("forward", "backward", "both")
+    assert {shape.M: modes for shape, modes in choice.modes.items()} == {
+        **dict.fromkeys((1, 16), (*training, "inference")),
+        **dict.fromkeys((512, 4096, 8192), training),
+    }
+
+
 ON_A_CPU = ("--bench-device", "cpu")
+
+
+def test_pytest_benchmarks_share_one_measurement(tmp_path, monkeypatch):
+    """Each shape is measured once in its share of the time; every test replays its own, the file has all."""
+    given = []
+
+    def measured(shape, chosen, plan, make):
+        given.append((shape, plan.modes, plan.seconds))
+        base = replace(base_row(shape, plan), timer="cpu", provider="frozen")
+        rows = [replace(base, mode=mode, ratio=r) for mode, r in (("forward", 1.0), ("both", 2.0))]
+        times = {row.mode: timing.Timing((row.ratio, 4.0)) for row in rows}
+        return Measurement(rows, {(mode, "cpu", "frozen"): time for mode, time in times.items()})
+
+    options = {"shape": ["5,24,17,3", "6,24,17,3"], "modes": "forward,both", "seconds": 8.0, "device": "cpu"}
+    options |= {"dtype": None, "providers": None, "out": tmp_path}
+    option = SimpleNamespace(**{f"bench_{name}": value for name, value in options.items()})
+    monkeypatch.setattr(harness, "measure", measured)
+    monkeypatch.setattr(harness, "draw", lambda *_: False)
+    session = harness.Session(SimpleNamespace(option=option), bench_linear.BENCHMARK)
+    replayed = []
+    stand_in = SimpleNamespace(
+        extra_info={}, pedantic=lambda advance, rounds: replayed.append([advance() for _ in range(rounds)])
+    )
+    asked = [Shape(5, 24, 17, 3), Shape(6, 24, 17, 3)]
+    for shape, (mode, ratio) in itertools.product(asked, (("forward", 1.0), ("both", 2.0))):
+        start = harness.REPLAY.now()
+        session.report(shape, mode, "frozen", SimpleNamespace(getfixturevalue=lambda name: stand_in))
+        assert (stand_in.extra_info["ratio"], harness.REPLAY.now() - start) == (ratio, ratio + 4.0)
+    assert given == [(shape, ("forward", "both"), 2.0) for shape in asked]
+    assert [len(rounds) for rounds in replayed] == [2] * 4
+    session.write()
+    rows, _ = results.read_csv(tmp_path / "linear.csv")
+    assert [(row.M, row.mode) for row in rows] == list(itertools.product((5, 6), ("forward", "both")))
 
 
 def test_pytest_benchmarks_fail_where_fastlora_is_wrong(tmp_path):
