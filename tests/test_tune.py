@@ -1,6 +1,9 @@
 """Measured rows and the command that writes them: plans from any file, and whole runs without a GPU."""
 
+import collections
 import dataclasses
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -8,6 +11,7 @@ import random
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,6 +384,89 @@ def test_only_apart_takes_the_fastest_paths_of_g_and_dA(monkeypatch):
     assert ran == ["addmm"] * 2
 
 
+def test_input_sets_exceed_the_cache(monkeypatch):
+    """Three times, but not by more than 32 sets; what a product reads least of decides."""
+    cache = 50 * 2**20
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=cache)
+    )
+    device = torch.device("cuda")
+    for read, sets in (
+        (2 * cache, 2),
+        (cache, 3),
+        (cache // 2, 6),
+        (cache // 4 - 1, 13),
+        (1000, 32),
+        (0, 32),
+    ):
+        assert tune.input_sets(read, device) == sets
+    assert tune.input_sets(4 * cache, device, 1) == 1
+    assert tune.input_sets(1, torch.device("cpu")) == 1
+    assert [tune.least_read(M, 4096, 1024) for M in (64, 65)] == [4096 * 1024, 65 * 1024]
+    assert tune._input_sets(tune.Shape(1, 4096, 4096, 16), device) == 5
+    assert tune._input_sets(tune.Shape(65536, 1024, 16384, 16), device) == 2, "a limit of memory"
+
+
+@pytest.mark.parametrize("product", measured.SIZES)
+def test_which_shapes_share_a_measurement(product):
+    """Only those that differ in a size that the product does not depend on."""
+
+    def key(adapter_dtype="bfloat16", **changes):
+        sizes = {"M": 20, "N": 24, "K": 32, "R": 4, **changes}
+        return tune._sizes(product, False, "bfloat16", adapter_dtype, tune.Shape(**sizes))
+
+    shared = {name for name in "MNKR" if key(**{name: 64}) == key()}
+    assert shared == {"N", "K"} - set(measured.SIZES[product])
+    assert key("float32") != key()
+
+
+def test_time_on_gpu(monkeypatch):
+    """Samples of a millisecond by graphs that call every input set, in a new order; the median counts."""
+    now, order, calls = [0.0], [], collections.Counter()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return (end.time - self.time) * 1e3
+
+    def call(name, seconds):
+        order.append(name)
+        calls[name] += 1
+        now[0] += seconds * {0: 100.0, 11: 0.01}.get(calls[name] % 30, 1.0)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(tune, "capture", lambda function, stream: SimpleNamespace(replay=function))
+    sets = {
+        name: [functools.partial(call, f"{name}{number}", seconds) for number in range(3)]
+        for name, seconds in (("slow", 2e-4), ("quick", 1e-4))
+    }
+    times = tune.time_on_gpu(sets)
+    assert times == {"slow": pytest.approx(2e-4), "quick": pytest.approx(1e-4)}
+    assert calls == {f"slow{i}": 2 + 11 * 2 for i in range(3)} | {f"quick{i}": 2 + 11 * 4 for i in range(3)}
+    firsts = [name for name, _ in itertools.groupby(name[:-1] for name in order[12:])]
+    assert firsts != ["slow", "quick"] * 11
+
+
+def test_table_names_the_path_that_will_be_chosen():
+    failed = [row("triton", None, product="h"), row("addmm", 3.0, product="h")]
+    lines = tune.table([*pair(20.0, 10.5), *failed, row("triton", None, product="g")]).splitlines()
+    why = "triton check failed: largest error 1, allowed 0.1"
+    assert [" ".join(line.split()) for line in lines] == [
+        "bfloat16 M=4096 N=4096 K=4096 R=16 y addmm triton 20.0 us, addmm 10.5 us",
+        f"bfloat16 M=4096 N=4096 K=4096 R=16 h addmm {why}, addmm 3.0 us",
+        f"bfloat16 M=4096 N=4096 K=4096 R=16 g none {why}",
+    ]
+
+
 def test_what_was_measured_before_memory_ran_out_counts(cache, monkeypatch):
     def measure(product, *_):
         if product == "y":
@@ -391,6 +478,30 @@ def test_what_was_measured_before_memory_ran_out_counts(cache, monkeypatch):
     done = list(tune.tune(jobs, torch.device("cpu"), TEST_GPU, dict.fromkeys, cache))
     assert done == [(jobs[0], [row(product="h")], False)]
     assert measured.read_rows(cache) == [row(product="h")]
+
+
+def test_the_check_is_that_of_every_test():
+    """Twice the error of eager PyTorch plus 1e-6, both the largest and the rms; every element is finite."""
+    job = tune.Job(torch.bfloat16, torch.bfloat16, tune.Shape(300, 320, 40, 8))
+    inputs = tune.draw_inputs(job, torch.device("cpu"))
+    one = tune.computation("y", job.problem(TEST_GPU), inputs)
+    eager, (exact,) = one.run("reference"), one.exact
+    truth = exact(torch.arange(300), torch.arange(320))
+    rows, columns = (tune._sample(size, eager.device) for size in eager.shape)
+    errors = (eager.double() - truth)[rows][:, columns].abs()
+    largest, rms = 2.0 * errors.max() + 1e-6, 2.0 * errors.square().mean().sqrt() + 1e-6
+    single, spoilt = torch.zeros_like(truth), truth.clone()
+    single[-1, -1], spoilt[1, 1] = 1.0, float("nan")
+    for result, message in (
+        (truth + 0.99 * rms, None),
+        (truth + 1.01 * rms, "rms error"),
+        (truth + 0.99 * largest * single, None),
+        (truth + 1.01 * largest * single, "largest error"),
+        (spoilt, "not finite"),
+    ):
+        fault = tune._fault(result, eager, exact)
+        assert message in fault if message else fault is None
+    assert {rows[0].item(), rows[-1].item(), columns[0].item(), columns[-1].item()} == {0, 299, 319}
 
 
 class TestFailedChecks:
@@ -1153,6 +1264,11 @@ class TestArguments:
     def test_malformed_options(self, argv):
         with pytest.raises(SystemExit):
             tune.main(["--list", *argv])
+
+    def test_decoding_and_long_batches_come_first(self):
+        jobs = tune.job_list(tune._parser().parse_args([]))
+        tokens = list(dict.fromkeys(job.shape.M for job in jobs))
+        assert tokens == [1, 16, 8192, 4096, 2048, 1024, 512, 256, 64, 2, 4, 8]
 
     def test_list(self, capsys):
         assert (
