@@ -26,7 +26,7 @@ from torch import Tensor
 from fastlora import ops, planner, reference
 from fastlora.device import describe, sums_in_float32
 from fastlora.kernels import configs
-from fastlora.tune import DROPOUT, in_turn, input_sets, least_read
+from fastlora.tune import DROPOUT, as_tuple, in_turn, input_sets, least_read
 
 FLOOR = "blas"
 TRITON = "triton"
@@ -275,8 +275,7 @@ def failures(product: Product, device: torch.device) -> dict[str, str]:
     wrong = {}
     for name, kernel in product.kernels.items():
         exact, allowed = exact_and_allowed(product.formulas.get(name, product.blas))
-        results = exact if isinstance(exact, tuple) else (exact,)
-        poison_free_memory(device, sum(t.numel() for t in (*product.operands, *results)))
+        poison_free_memory(device, sum(t.numel() for t in (*product.operands, *as_tuple(exact))))
         try:
             errors = _errors(kernel(), exact)
         except Exception as failure:
@@ -294,9 +293,8 @@ def failures(product: Product, device: torch.device) -> dict[str, str]:
 
 
 def _errors(results: Result, exact: Result) -> list[Error]:
-    if isinstance(exact, Tensor):
-        results, exact = (results,), (exact,)
-    return [error(result, value) for result, value in zip(results, exact, strict=True)]
+    pairs = zip(as_tuple(results), as_tuple(exact), strict=True)
+    return [error(result, value) for result, value in pairs]
 
 
 def measure_products(shape: Shape, plan: Plan, tiles: Tiles | None = None) -> Measurement:

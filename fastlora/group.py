@@ -79,28 +79,16 @@ class _LoRALinearGroup(torch.autograd.Function):
         n = len(dys)
         if all(dy is None for dy in dys):
             return (None,) * (5 + 4 * n)
-        if creates_graph():
-            return _recorded_gradients(ctx, dys)
         x, h, seed, *tensors = ctx.saved_tensors
         weights, As, Bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         need_dx = ctx.needs_input_grad[0]
         _, need_dA, need_dB, need_dbias = _by_kind(ctx.needs_input_grad[5:])
-        dx, dB, *others = ops.group_backward(
-            dys,
-            x,
-            weights,
-            As,
-            Bs,
-            h,
-            ctx.alphas,
-            ctx.dropout,
-            seed,
-            need_dx,
-            need_dA,
-            need_dB,
-            need_dbias,
-            ctx.mode,
-        )
+        needed = need_dx, need_dA, need_dB, need_dbias
+        arguments = dys, x, weights, As, Bs, h, ctx.alphas, ctx.dropout, seed, *needed
+        if creates_graph():
+            dx, dB, *others = ops.recorded_group_backward(*arguments)
+        else:
+            dx, dB, *others = ops.group_backward(*arguments, ctx.mode)
         used = [dy is not None for dy in dys]
         dBs = [None] * n
         first = 0
@@ -111,32 +99,6 @@ class _LoRALinearGroup(torch.autograd.Function):
         dAs = [g if used[i] and need_dA[i] else None for i, g in enumerate(others[:n])]
         dbiases = [g if used[i] and need_dbias[i] else None for i, g in enumerate(others[n:])]
         return dx if need_dx else None, None, None, None, None, *[None] * n, *dAs, *dBs, *dbiases
-
-
-def _recorded_gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """What ``_LoRALinearGroup.backward`` returns, branch by branch in operations that autograd records."""
-    n = len(dys)
-    # x is kept if any branch needs dB; dA of the others depends on it too.
-    x, h, seed, *tensors = ctx.saved_tensors
-    weights, As, Bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-    hs = [None] * n if h is None else h.split([B.shape[0] for B in Bs], 1)
-    need_dx = ctx.needs_input_grad[0]
-    _, *needs = _by_kind(ctx.needs_input_grad[5:])
-    dx = None
-    gradients: list[list] = [[None] * n for _ in needs]
-    for i, dy in enumerate(dys):
-        if dy is None:
-            continue
-        needed = [need[i] for need in needs]
-        operands = dy, x, weights[i], As[i], Bs[i], hs[i], ctx.alphas[i], ctx.dropout, seed
-        results: tuple[Any, ...] = ops.recorded_backward(*operands, need_dx, *needed)
-        part, *own = results
-        for kind, gradient in zip(gradients, own, strict=True):
-            kind[i] = gradient
-        if need_dx:
-            dx = part if dx is None else dx + part
-    dAs, dBs, dbiases = gradients
-    return dx, None, None, None, None, *[None] * n, *dAs, *dBs, *dbiases
 
 
 _apply = quick_apply(_LoRALinearGroup)

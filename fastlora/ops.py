@@ -134,9 +134,6 @@ def _aligned(p: Tensor) -> Tensor:
     return p if fast or p.shape[1] % ALIGNED else p.clone(memory_format=torch.contiguous_format)
 
 
-_IN_PYTORCH = Step("project", "reference", None, "derivatives of the gradients")
-
-
 def run_project(step: Step, p: Tensor, q: Tensor, drop: Dropout | None = None) -> Tensor:
     """drop(p): (M, D) @ q: (D, R) -> (M, R) in p's dtype."""
     if step.path == "triton":
@@ -539,7 +536,8 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dy: (..., N), x: (..., K) -> dx: (..., K), dA: (N, R), dB: (R, K), dbias: (N,), None if not needed.
 
-    x is used only for dB, weight: (N, K) only for dx, and h: (M, R) only for dA.
+    x is used only for dB, weight: (N, K) only for dx, and h: (M, R) only for dA. With ``mode`` "reference",
+    h may be None: it is then computed again from x.
     """
     (N, R), K = A.shape, B.shape[1]
     flat = dy.dim() == 2
@@ -570,6 +568,8 @@ def _backward(
             if need_dx or need_dB:
                 g = run_project(plan.g, dy_2d, A)
             if need_dA:
+                if h is None:
+                    h = run_project(plan.h, x.reshape(M, K), B.t(), drop)
                 dA = run_token_sum(plan.dA, dy_2d, h, alpha, A.dtype)
         if need_dx:
             dx = run_gemm(plan.dx, dy_2d, weight, g, B, alpha, drop=drop)
@@ -578,39 +578,6 @@ def _backward(
             x_2d = _for_kernels(x if flat else x.reshape(M, K), mode)
             dB = run_token_sum(plan.dB, x_2d, g, alpha, B.dtype, transposed=True, drop=drop)
     return dx, dA, dB, dbias
-
-
-def recorded_backward(
-    dy: Tensor,
-    x: Any,
-    weight: Any,
-    A: Tensor,
-    B: Tensor,
-    h: Any,
-    alpha: float,
-    dropout: float,
-    seed: Tensor | None,
-    need_dx: bool,
-    need_dA: bool,
-    need_dB: bool,
-    need_dbias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """:func:`_backward` in operations that autograd records, for derivatives of the gradients.
-
-    Raises RuntimeError if dA depends on an x that was not kept.
-    """
-    if need_dA and x is not None:
-        # The h that was kept is a constant for autograd.
-        M, K = _rows(x), B.shape[1]
-        with _scope(x):
-            h = run_project(_IN_PYTORCH, x.reshape(M, K), B.t(), make_dropout(dropout, seed, M, K))
-    elif need_dA and need_dx:
-        raise RuntimeError(
-            "create_graph=True for a LoRA layer with a trained A and a frozen B: dA depends on x, which is "
-            "kept for backward only if B needs a gradient; fastlora.reference.lora_linear keeps it"
-        )
-    needed = need_dx, need_dA, need_dB, need_dbias
-    return _backward(dy, x, weight, A, B, h, alpha, dropout, seed, *needed, "reference")
 
 
 def _lora_backward(dy: Tensor, *arguments) -> tuple[Tensor, ...]:
@@ -921,3 +888,40 @@ def group_backward(dys: Sequence[Tensor | None], *arguments) -> list[Tensor | No
     first = next(dy for dy in dys if dy is not None)
     operator = _group_backward if _is_direct(first, arguments[-1]) else _group_backward_operator
     return operator(dys, *arguments)
+
+
+def recorded_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """:func:`lora_backward` in operations that autograd records, for derivatives of the gradients.
+
+    Takes its arguments but for the mode. Raises RuntimeError if dA depends on an x that was not kept.
+    """
+    dy, x, weight, A, B, h, alpha, dropout, seed, need_dx, need_dA, need_dB, need_dbias = arguments
+    if x is not None:
+        h = None  # The one that was kept is a constant for autograd.
+    elif need_dx and need_dA:
+        raise RuntimeError(
+            "create_graph=True for a LoRA layer with a trained A and a frozen B: dA depends on x, which is "
+            "kept for backward only if B needs a gradient; fastlora.reference.lora_linear keeps it"
+        )
+    needed = need_dx, need_dA, need_dB, need_dbias
+    return _backward(dy, x, weight, A, B, h, alpha, dropout, seed, *needed, "reference")
+
+
+def recorded_group_backward(*arguments: Any) -> list[Tensor | None]:
+    """:func:`group_backward` as :func:`recorded_backward` of each branch."""
+    dys, x, weights, As, Bs, h, alphas, dropout, seed, need_dx, *needs = arguments
+    parts = [None] * len(dys) if h is None else h.split([B.shape[0] for B in Bs], 1)
+    branches = zip(dys, weights, As, Bs, parts, alphas, *needs, strict=True)
+    nothing = (None,) * 4
+    dxs, dAs, dBs, dbiases = zip(
+        *(
+            nothing
+            if dy is None
+            else recorded_backward(dy, x, weight, A, B, part, alpha, dropout, seed, need_dx, *needed)
+            for dy, weight, A, B, part, alpha, *needed in branches
+        ),
+        strict=True,
+    )
+    dx = functools.reduce(torch.add, [dx for dx in dxs if dx is not None]) if need_dx else None
+    stacked = [dB for dB in dBs if dB is not None]
+    return [dx, torch.cat(stacked) if stacked else None, *dAs, *dbiases]

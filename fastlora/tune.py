@@ -266,7 +266,7 @@ def check(one: Computation, path: str, rounded: Computation) -> str:
     """
     try:
         with sums_in_float32():
-            results, eager = _as_tuple(one.run(path)), _as_tuple(rounded.run("reference"))
+            results, eager = as_tuple(one.run(path)), as_tuple(rounded.run("reference"))
         faults = (_fault(*each) for each in zip(results, eager, one.exact, strict=True))
         return next((fault for fault in faults if fault), OK)
     except Exception as error:  # whatever a compiler or driver raises, the path does not work here
@@ -274,7 +274,7 @@ def check(one: Computation, path: str, rounded: Computation) -> str:
         return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
 
-def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (results,) if isinstance(results, Tensor) else results
 
 

@@ -60,15 +60,19 @@ def tensors(lead, N, K, R, dtype=torch.float32, adapter_dtype=None, device="cpu"
     )
 
 
+def leaves_of(case, wanted):
+    """The tensors of ``function(x, weight, A, B, bias)`` by name; those in ``wanted`` need gradients."""
+    leaves = {name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}
+    return leaves | {name: leaves[name].detach().requires_grad_() for name in wanted}
+
+
 def differentiate(function, case, wanted=("x", "A", "B", "bias"), dy=None):
     """y and the gradients of ``wanted`` as a namespace; the case's tensors stay as they are.
 
     ``function(x, weight, A, B, bias)`` computes y.
     """
-    leaves = {name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}
-    wanted = [name for name in wanted if leaves[name] is not None]
-    for name in wanted:
-        leaves[name] = leaves[name].detach().requires_grad_()
+    wanted = [name for name in wanted if getattr(case, name) is not None]
+    leaves = leaves_of(case, wanted)
     y = function(**leaves)
     grads = torch.autograd.grad(y, [leaves[name] for name in wanted], case.dy if dy is None else dy)
     return SimpleNamespace(y=y.detach(), **dict(zip(wanted, grads, strict=True)))
@@ -133,15 +137,38 @@ def eager_errors(case, alpha=1.0, keep=None, wanted=("x", "A", "B", "bias")):
     For adapters of a wider dtype these are PEFT's form and the one under autocast. Few tokens make few
     roundings, whose luck decides: the worst of several draws of the same shapes counts then.
     """
+    return worst_errors(
+        draws_of(case),
+        lambda draw: eager_forms(draw, alpha, keep),
+        lambda form, draw: differentiate(form, draw, wanted),
+        lambda draw: exact(draw, alpha, keep),
+    )
+
+
+def draws_of(problem):
+    """The problem and, if its tokens are few, others of the same shapes."""
+    few = problem.x.numel() < 32 * problem.x.shape[-1]
+    return [problem, *(problem.redraw() for _ in range(4 if few else 0))]
+
+
+def eager_forms(case, alpha=1.0, keep=None):
+    """What eager PyTorch may compute for a case: of wider adapters PEFT's form and the one under autocast."""
     forms = [eager(alpha, keep)]
     if case.A.dtype != case.x.dtype:
         forms.append(eager_autocast(case.x.dtype, alpha, keep))
-    few = case.x.numel() < 32 * case.x.shape[-1]
+    return forms
+
+
+def worst_errors(draws, forms, results, exact_):
+    """By name of a result, the worst (max, RMS) error of any form on any draw.
+
+    ``forms(draw)``: functions. ``results(form, draw)`` and ``exact_(draw)``: namespaces of results.
+    """
     worst = {}
-    for draw in [case, *(case.redraw() for _ in range(4 if few else 0))]:
-        truth = exact(draw, alpha, keep)
-        for form in forms:
-            for name, value in vars(differentiate(form, draw, wanted)).items():
+    for draw in draws:
+        truth = exact_(draw)
+        for form in forms(draw):
+            for name, value in vars(results(form, draw)).items():
                 pair = errors(value, getattr(truth, name))
                 worst[name] = tuple(map(max, pair, worst.get(name, pair)))
     return worst
@@ -167,9 +194,7 @@ def keep_factors(seed, case, dropout):
 
 def saved_for_backward(function, case, wanted):
     """Tensors that autograd keeps for backward and that share no storage with the case's tensors."""
-    leaves = {name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}
-    for name in wanted:
-        leaves[name] = leaves[name].detach().requires_grad_()
+    leaves = leaves_of(case, wanted)
     known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
     kept = []
 

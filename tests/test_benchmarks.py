@@ -29,6 +29,7 @@ from fastlora.device import Device, describe
 from fastlora.kernels import configs
 from fastlora.paths import current_mode
 from fastlora.reference import keep_mask
+from fastlora.tune import as_tuple
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -741,10 +742,7 @@ def test_products_are_as_accurate_as_what_computes_the_same():
             product.blas(*product.operands)
         assert blas.sizes == ([sizes[name]] if name in sizes else [sizes[part] for part in name.split("+")])
         assert blas.others == []
-        found = [kernel() for kernel in product.kernels.values()]
-        each = [
-            result for results in found for result in (results if isinstance(results, tuple) else [results])
-        ]
+        each = [result for kernel in product.kernels.values() for result in as_tuple(kernel())]
         assert {result.dtype for result in each} <= {torch.float16}
 
 
@@ -1301,17 +1299,7 @@ def test_stamps_name_the_source(tmp_path, monkeypatch):
     for file in files:
         file.parent.mkdir()
         file.write_text("first")
-    git = [
-        "git",
-        "-C",
-        str(tmp_path),
-        "-c",
-        "user.name=a",
-        "-c",
-        "user.email=a@b",
-        "-c",
-        "commit.gpgsign=false",
-    ]
+    git = [*shlex.split("git -c user.name=a -c user.email=a@b -c commit.gpgsign=false -C"), str(tmp_path)]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
     assert re.fullmatch("[0-9a-f]{12}", results._commit())

@@ -13,14 +13,16 @@ from cases import (
     differentiate,
     dtype_id,
     eager,
-    eager_autocast,
     eager_errors,
+    eager_forms,
     every_run,
     exact,
     fused,
     keep_factors,
+    leaves_of,
     saved_for_backward,
     tensors,
+    worst_errors,
 )
 from tolerance import LAYOUTS, errors, lay_far_apart, lay_out
 from torch import nn
@@ -721,8 +723,7 @@ class TestAutocast:
 
 def second_derivatives(function, case, wanted=("x", "A", "B", "bias")):
     """The gradients of ``wanted``, and those of their products with fixed directions, by name."""
-    leaves = {name: getattr(case, name) for name in ("x", "weight", "A", "B", "bias")}
-    leaves |= {name: leaves[name].detach().requires_grad_() for name in wanted}
+    leaves = leaves_of(case, wanted)
     dy = case.dy.detach().requires_grad_()
     grads = torch.autograd.grad(function(**leaves), [leaves[name] for name in wanted], dy, create_graph=True)
     generator = torch.Generator().manual_seed(0)
@@ -731,7 +732,7 @@ def second_derivatives(function, case, wanted=("x", "A", "B", "bias")):
     of = {**{name: leaves[name] for name in wanted}, "dy": dy}
     second = torch.autograd.grad(total, list(of.values()), allow_unused=True, materialize_grads=True)
     first = {f"d{name}": g.detach() for name, g in zip(wanted, grads, strict=True)}
-    return first | {f"d2{name}": g for name, g in zip(of, second, strict=True)}
+    return SimpleNamespace(**first, **{f"d2{name}": g for name, g in zip(of, second, strict=True)})
 
 
 def in_float64(case):
@@ -741,18 +742,16 @@ def in_float64(case):
 
 def assert_second_derivatives(function, case, keep=None, wanted=("x", "A", "B", "bias")):
     """As cases.assert_matches with cases.eager_errors, for the first and second derivatives."""
-    forms = [eager(1.7, keep)]
-    if case.A.dtype != case.x.dtype:
-        forms.append(eager_autocast(case.x.dtype, 1.7, keep))
-    truth = second_derivatives(forms[0], in_float64(case), wanted)
-    worst = dict.fromkeys(truth, (0.0, 0.0))
-    for draw in (case, *(case.redraw() for _ in range(4))):
-        exact_ = second_derivatives(forms[0], in_float64(draw), wanted)
-        for form in forms:
-            for name, value in second_derivatives(form, draw, wanted).items():
-                worst[name] = tuple(map(max, errors(value, exact_[name]), worst[name]))
-    ours = second_derivatives(function, case, wanted)
-    assert_matches(SimpleNamespace(**ours), SimpleNamespace(**truth), worst)
+
+    def derivatives(form, draw):
+        return second_derivatives(form, draw, wanted)
+
+    def exactly(draw):
+        return derivatives(eager(1.7, keep), in_float64(draw))
+
+    draws = [case, *(case.redraw() for _ in range(4))]
+    yardstick = worst_errors(draws, lambda draw: eager_forms(draw, 1.7, keep), derivatives, exactly)
+    assert_matches(derivatives(function, case), exactly(case), yardstick)
 
 
 class TestSecondDerivative:
@@ -850,8 +849,8 @@ class TestSecondDerivative:
             return checkpoint(function, x, weight, A, B, bias, use_reentrant=False)
 
         ours, plain = (second_derivatives(form, case) for form in (checkpointed, function))
-        for name, value in plain.items():
-            torch.testing.assert_close(ours[name], value)
+        for name, value in vars(plain).items():
+            torch.testing.assert_close(getattr(ours, name), value)
 
     @every_run
     def test_frozen_B(self, run):

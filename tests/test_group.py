@@ -18,6 +18,7 @@ from cases import (
     HALF,
     assert_matches,
     differentiate,
+    draws_of,
     dtype_id,
     eager,
     eager_autocast,
@@ -26,8 +27,9 @@ from cases import (
     fused,
     keep_factors,
     tensors,
+    worst_errors,
 )
-from tolerance import LAYOUTS, assert_as_accurate, errors, lay_far_apart, lay_out
+from tolerance import LAYOUTS, assert_as_accurate, lay_far_apart, lay_out
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -79,8 +81,8 @@ def apart(forms):
     return function
 
 
-def run_group(function, problem, wanted=("x", *KINDS)):
-    """y0, y1, ... and the gradients x, A0, B0, bias0, ... of a function of x and lists of tensors."""
+def leaves_of_group(problem, wanted=("x", *KINDS)):
+    """The arguments of a function of x and lists of tensors, and by name those that need gradients."""
     x = problem.x.detach().requires_grad_("x" in wanted)
     lists = {
         name: [
@@ -89,11 +91,17 @@ def run_group(function, problem, wanted=("x", *KINDS)):
         ]
         for name in ("weight", *KINDS)
     }
-    ys = function(x, *lists.values())
     leaves = {"x": x} if "x" in wanted else {}
     for name in KINDS:
         if name in wanted:
             leaves |= {f"{name}{i}": t for i, t in enumerate(lists[name]) if t is not None}
+    return (x, *lists.values()), leaves
+
+
+def run_group(function, problem, wanted=("x", *KINDS)):
+    """y0, y1, ... and the gradients x, A0, B0, bias0, ... of a function of x and lists of tensors."""
+    arguments, leaves = leaves_of_group(problem, wanted)
+    ys = function(*arguments)
     grads = torch.autograd.grad(ys, list(leaves.values()), [c.dy for c in problem.cases])
     return SimpleNamespace(
         **{f"y{i}": y.detach() for i, y in enumerate(ys)}, **dict(zip(leaves, grads, strict=True))
@@ -112,18 +120,14 @@ def exact_group(problem, keep=None):
 
 def eager_group_errors(problem, keep=None):
     """As cases.eager_errors, for a group: the worst (max, RMS) of eager PyTorch's forms."""
-    few = problem.x.numel() < 32 * problem.x.shape[-1]
-    worst = {}
-    for draw in [problem, *(problem.redraw() for _ in range(4 if few else 0))]:
-        truth = exact_group(draw, keep)
+
+    def forms(draw):
         forms = [apart([eager(alpha, keep) for alpha in draw.alphas])]
         if any(case.A.dtype != draw.x.dtype for case in draw.cases):
             forms.append(apart([eager_autocast(draw.x.dtype, alpha, keep) for alpha in draw.alphas]))
-        for form in forms:
-            for name, value in vars(run_group(form, draw)).items():
-                pair = errors(value, getattr(truth, name))
-                worst[name] = tuple(map(max, pair, worst.get(name, pair)))
-    return worst
+        return forms
+
+    return worst_errors(draws_of(problem), forms, run_group, lambda draw: exact_group(draw, keep))
 
 
 def check(problem, run, dropout=0.0, seed=None, keep=None):
@@ -509,22 +513,16 @@ def second_derivatives(function, problem, unused=()):
 
     ``unused``: branches whose output goes nowhere.
     """
-    x, *dys = (t.detach().requires_grad_() for t in (problem.x, *(case.dy for case in problem.cases)))
-    lists = {
-        name: [
-            None if (t := getattr(case, name)) is None else t.detach().requires_grad_(name != "weight")
-            for case in problem.cases
-        ]
-        for name in ("weight", *KINDS)
-    }
-    used = [i for i in range(len(dys)) if i not in unused]
-    leaves = {"x": x} | {f"{k}{i}": lists[k][i] for k in KINDS for i in used if lists[k][i] is not None}
-    ys = function(x, *lists.values())
+    arguments, leaves = leaves_of_group(problem)
+    used = [i for i in range(len(problem.cases)) if i not in unused]
+    leaves = {name: t for name, t in leaves.items() if name == "x" or int(name[-1]) in used}
+    dys = {f"dy{i}": problem.cases[i].dy.detach().requires_grad_() for i in used}
+    ys = function(*arguments)
     grads = torch.autograd.grad(
-        [ys[i] for i in used], list(leaves.values()), [dys[i] for i in used], create_graph=True
+        [ys[i] for i in used], list(leaves.values()), list(dys.values()), create_graph=True
     )
     total = 1e-3 * sum(g.double().square().sum() for g in grads)
-    of = leaves | {f"dy{i}": dys[i] for i in used}
+    of = leaves | dys
     second = torch.autograd.grad(total, list(of.values()), allow_unused=True, materialize_grads=True)
     return {f"d{name}": g.detach() for name, g in zip(leaves, grads, strict=True)} | {
         f"d2{name}": g for name, g in zip(of, second, strict=True)
